@@ -1,0 +1,17 @@
+"""Gated recurrent units for JAX: one functional core, thin Flax layers.
+
+`gru_jax.gru` and `gru_jax.gru_cell` are pure functions over `gru_jax.GRUParams`;
+`gru_jax.linen` and `gru_jax.nnx` wrap them in Flax modules.
+"""
+
+from importlib.metadata import version as _version
+
+from gru_jax import formats as formats
+from gru_jax._cell import gru_cell as gru_cell
+from gru_jax._params import GRUParams as GRUParams
+from gru_jax._params import init_params as init_params
+from gru_jax._params import num_learnables as num_learnables
+from gru_jax._sequence import gru as gru
+
+__version__ = _version("gru_jax")
+__all__ = ["GRUParams", "formats", "gru", "gru_cell", "init_params", "num_learnables"]

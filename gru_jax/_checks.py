@@ -1,0 +1,107 @@
+"""Checks of option values. Every message says what was expected, what came and what to do."""
+
+import math
+import operator
+from collections.abc import Callable, Collection
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def choice(option: str, value: Any, names: Collection[str], *, or_callable: bool = False) -> Any:
+    """Returns the name in `names` that `value` means, hyphens optional; or the callable itself."""
+    if or_callable and callable(value):
+        return value
+    if isinstance(value, str):
+        for name in names:
+            if value.replace("-", "") == name.replace("-", ""):
+                return name
+    listed = ", ".join(repr(name) for name in names)
+    raise ValueError(
+        f"{option} must be one of {listed}{' or a function' if or_callable else ''}, got {value!r}."
+    )
+
+
+def positive_int(option: str, value: Any) -> int:
+    """Returns `value` as an int if it is an integer-valued number of at least 1."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = int(value) if isinstance(value, float) and value.is_integer() else None
+    if number is None or isinstance(value, bool):
+        raise TypeError(f"{option} must be a positive integer, got {value!r}.")
+    if number < 1:
+        raise ValueError(f"{option} must be a positive integer, got {value!r}.")
+    return number
+
+
+def flag(option: str, value: Any) -> bool:
+    """Returns `value` as a bool if it is True, False, 1 or 0."""
+    if isinstance(value, bool) or (isinstance(value, int) and value in (0, 1)):
+        return bool(value)
+    raise TypeError(f"{option} must be True or False, got {value!r}.")
+
+
+def factor(option: str, value: Any, *, per_gate: bool) -> float | tuple[float, ...]:
+    """Returns a learn-rate or L2 factor as a float or, where allowed, as a triple of floats."""
+    allowed = "a nonnegative number" + (
+        " or three of them (reset, update, candidate)"
+        if per_gate
+        else "; a projector serves all three gates, so it takes no triple"
+    )
+    try:
+        numbers = tuple(float(v) for v in value) if hasattr(value, "__len__") else float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{option} must be {allowed}, got {value!r}.") from None
+    triple = numbers if isinstance(numbers, tuple) else (numbers,)
+    wrong_length = isinstance(numbers, tuple) and (not per_gate or len(numbers) != 3)
+    if isinstance(value, str | bool) or wrong_length:
+        raise ValueError(f"{option} must be {allowed}, got {value!r}.")
+    if not all(math.isfinite(number) and number >= 0 for number in triple):
+        raise ValueError(f"{option} must be {allowed}, got {value!r}.")
+    return numbers
+
+
+def real_dtype(option: str, dtype: Any) -> jnp.dtype:
+    """Returns `dtype` as a NumPy dtype if it is a real floating-point type."""
+    try:
+        dtype = jnp.dtype(dtype)
+    except TypeError:
+        raise TypeError(f"{option} must be a floating-point type, got {dtype!r}.") from None
+    if not jnp.issubdtype(dtype, jnp.floating):
+        hint = f"convert it with .astype({jnp.dtype(jnp.float32).name!r})"
+        raise TypeError(f"{option} must be of a floating-point type, got {dtype.name}; {hint}.")
+    return dtype
+
+
+def initial_state(value: Any, num_hidden_units: int) -> tuple[float, ...] | None:
+    """Returns `hidden_state` as a tuple of H floats, or None where it is empty."""
+    if value is None or (hasattr(value, "__len__") and len(value) == 0):
+        return None
+    expected = f"hidden_state must be {num_hidden_units} finite numbers (num_hidden_units)"
+    try:
+        numbers = tuple(float(v) for v in value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{expected}, got {value!r}.") from None
+    if len(numbers) != num_hidden_units or not all(map(math.isfinite, numbers)):
+        raise ValueError(f"{expected}, got {len(numbers)}: {value!r}.")
+    return numbers
+
+
+def function(option: str, value: Callable) -> Callable:
+    """Returns `value` if it can be a static option: a callable that can be hashed."""
+    try:
+        hash(value)
+    except TypeError:
+        raise TypeError(
+            f"{option} must be hashable, because it becomes part of a compiled program's identity; "
+            f"got {value!r}. Pass a function defined once."
+        ) from None
+    return value
+
+
+def promote(*dtypes: Any) -> jnp.dtype:
+    """The common dtype of mixed arguments, also where JAX is set to refuse implicit promotion."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.result_type(*dtypes)

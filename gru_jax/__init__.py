@@ -8,8 +8,8 @@ from importlib.metadata import version as _version
 
 from gru_jax import formats as formats
 from gru_jax._cell import gru_cell as gru_cell
+from gru_jax._initializers import init_params as init_params
 from gru_jax._params import GRUParams as GRUParams
-from gru_jax._params import init_params as init_params
 from gru_jax._params import num_learnables as num_learnables
 from gru_jax._sequence import gru as gru
 

@@ -19,16 +19,6 @@ STATE: dict[str, Callable] = {"tanh": jnp.tanh, "softsign": jax.nn.soft_sign}
 GATE: dict[str, Callable] = {"sigmoid": jax.nn.sigmoid, "hard-sigmoid": hard_sigmoid}
 
 
-def check_state(value: str | Callable) -> str | Callable:
-    """Returns the stored form of a `state_activation_function`."""
-    return _check("state_activation_function", value, STATE)
-
-
-def check_gate(value: str | Callable) -> str | Callable:
-    """Returns the stored form of a `gate_activation_function`."""
-    return _check("gate_activation_function", value, GATE)
-
-
 def state_function(value: str | Callable) -> Callable:
     """σ_s of a stored `state_activation_function`."""
     return STATE[value] if isinstance(value, str) else value
@@ -39,7 +29,8 @@ def gate_function(value: str | Callable) -> Callable:
     return GATE[value] if isinstance(value, str) else value
 
 
-def _check(option: str, value: str | Callable, names: dict[str, Callable]) -> str | Callable:
+def check(option: str, value: str | Callable, names: dict[str, Callable]) -> str | Callable:
+    """Returns the stored form of an activation function: a name, or an elementwise callable."""
     value = _checks.choice(option, value, names, or_callable=True)
     if not isinstance(value, str):
         _check_elementwise(option, _checks.function(option, value))

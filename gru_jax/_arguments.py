@@ -90,7 +90,9 @@ def _layout_hint(shape: tuple, input_size: int) -> str:
     if len(shape) == 3 and shape[1] == input_size:
         return ' Is it channels-first? Pass data_format="BCT" to a layer, or jnp.swapaxes(x, 1, 2).'
     if len(shape) == 3 and shape[0] == input_size:
-        return ' Is it MATLAB\'s layout? Pass data_format="CBT" to a layer, or jnp.moveaxis(x, 0, -1).'
+        return (
+            ' Is it MATLAB\'s layout? Pass data_format="CBT" to a layer, or jnp.moveaxis(x, 0, -1).'
+        )
     if len(shape) == 2 and shape[0] == input_size:
         return ' Is it channels-first? Pass data_format="CT" to a layer, or x.T.'
     return " The parameters belong to data of another width."

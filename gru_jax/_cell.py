@@ -159,11 +159,13 @@ def coefficients(eq: Equations, rec: Recurrent, h: jax.Array, x: Parts) -> tuple
     return z, r, h * dr, (h - n) * dz, (1.0 - z) * dn
 
 
-def linear_step(eq: Equations, rec: Recurrent, c: tuple[jax.Array, ...], dh: jax.Array) -> jax.Array:
+def linear_step(
+    eq: Equations, rec: Recurrent, c: tuple[jax.Array, ...], dh: jax.Array
+) -> jax.Array:
     """J_t dh, linear in dh:
 
-        reset after:   z dh + Σ_g C_g ⊙ (R_g dh)
-        reset before:  z dh + c_z ⊙ (R_z dh) + c_n ⊙ R_h̃ (c_r ⊙ (R_r dh) + r ⊙ dh)
+    reset after:   z dh + Σ_g C_g ⊙ (R_g dh)
+    reset before:  z dh + c_z ⊙ (R_z dh) + c_n ⊙ R_h̃ (c_r ⊙ (R_r dh) + r ⊙ dh)
     """
     Rd = times(rec.weights, project(eq, rec, dh), eq.precision)
     if eq.reset_after:
@@ -186,7 +188,7 @@ def times(matrix: jax.Array, v: jax.Array, precision: Any) -> jax.Array:
 
 
 def add_row(array: jax.Array, row: jax.Array) -> jax.Array:
-    """array + row, the row standing for every leading index."""
+    """Array + row, the row standing for every leading index."""
     return array + jnp.expand_dims(row, tuple(range(array.ndim - 1)))
 
 

@@ -23,6 +23,23 @@ def choice(option: str, value: Any, names: Collection[str], *, or_callable: bool
     )
 
 
+def output_mode(option: str, value: Any) -> str:
+    """Returns "sequence" or "last"."""
+    return choice(option, value, ("sequence", "last"))
+
+
+def implementation(option: str, value: Any) -> str | None:
+    """Returns None or the name of an implementation."""
+    return None if value is None else choice(option, value, ("scan",))
+
+
+def checkpoint(option: str, value: Any) -> int | str | None:
+    """Returns None, a positive integer or "sqrt"."""
+    if isinstance(value, str):
+        return choice(f"{option}, if no positive integer or None,", value, ("sqrt",))
+    return None if value is None else positive_int(option, value)
+
+
 def positive_int(option: str, value: Any) -> int:
     """Returns `value` as an int if it is an integer-valued number of at least 1."""
     try:
@@ -34,6 +51,13 @@ def positive_int(option: str, value: Any) -> int:
     if number < 1:
         raise ValueError(f"{option} must be a positive integer, got {value!r}.")
     return number
+
+
+def size(option: str, value: Any, default: Any) -> Any:
+    """Returns a positive int, or `default` for None and for `default` itself."""
+    if value is None or (isinstance(value, str) and value == default):
+        return default
+    return positive_int(option, value)
 
 
 def flag(option: str, value: Any) -> bool:
@@ -87,6 +111,20 @@ def initial_state(value: Any, num_hidden_units: int) -> tuple[float, ...] | None
     if len(numbers) != num_hidden_units or not all(map(math.isfinite, numbers)):
         raise ValueError(f"{expected}, got {len(numbers)}: {value!r}.")
     return numbers
+
+
+def metadata(option: str, value: Any) -> tuple | None:
+    """Returns a mapping as a tuple of pairs, which can be hashed."""
+    if value is None:
+        return None
+    try:
+        pairs = tuple(sorted(dict(value).items()))
+        hash(pairs)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"{option} must be a mapping from names to hashable values, got {value!r}."
+        ) from None
+    return pairs
 
 
 def function(option: str, value: Callable) -> Callable:

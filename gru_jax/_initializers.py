@@ -10,18 +10,28 @@ import numpy as np
 from jax.nn import initializers
 
 from gru_jax import _checks
-
-NAMES = ("glorot", "he", "orthogonal", "narrow-normal", "zeros", "ones")
-BIAS_NAMES = ("zeros", "narrow-normal", "ones")
+from gru_jax._params import (
+    AFTER,
+    LEAVES,
+    OPTION_CHECKS,
+    GRUParams,
+    Leaf,
+    Sizes,
+    check_initializer,
+)  # fmt: skip
 
 
 def initialize(
-    initializer: str | Callable, key: jax.Array | None, shape: tuple, dtype: Any, fans: tuple[int, int]
+    initializer: str | Callable,
+    key: jax.Array | None,
+    shape: tuple,
+    dtype: Any,
+    fans: tuple[int, int],
 ) -> Any:
     """Draws one learnable.
 
     Args:
-      initializer: one of `NAMES`, or `f(key, shape, dtype)` as in `jax.nn.initializers`.
+      initializer: a name of the pages, or `f(key, shape, dtype)` as in `jax.nn.initializers`.
       key: a JAX random key; unused by "zeros", "ones" and given arrays.
       shape: the size of the whole stacked array.
       dtype: the dtype of the result. Draws are made in float32 at least and then cast.
@@ -70,16 +80,29 @@ class Given:
     """
 
     def __init__(self, name: str, array: Any):
-        self.name = name
-        self.array = array
+        array = array if hasattr(array, "dtype") else np.asarray(array)
+        _checks.real_dtype(name, array.dtype)
+        self.name, self.array, self.shape = name, array, tuple(array.shape)
         self._content = _content(array)
+        if len(self.shape) != (1 if name == "bias" else 2):
+            raise ValueError(
+                f"{name} must be a {'vector' if name == 'bias' else 'matrix'}, "
+                f"got an array of shape {self.shape}."
+            )
 
     def __call__(self, key: Any, shape: tuple, dtype: Any) -> jax.Array:
-        if tuple(np.shape(self.array)) != tuple(shape):
-            raise ValueError(
-                f"{self.name} must have shape {tuple(shape)}, got {tuple(np.shape(self.array))}."
-            )
+        self.check(shape)
         return jnp.asarray(self.array).astype(dtype)
+
+    def check(self, shape: tuple | None) -> None:
+        """Raises ValueError unless the array has this shape; None in it stands for any size."""
+        expected = shape or ()
+        if len(expected) == len(self.shape):
+            pairs = zip(self.shape, expected, strict=True)
+            if all(n == m or m is None for n, m in pairs):
+                return
+        wanted = "be absent" if shape is None else f"have shape {shape}"
+        raise ValueError(f"{self.name} must {wanted}, got {self.shape}.")
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Given) and self._content == other._content
@@ -88,11 +111,112 @@ class Given:
         return hash(self._content)
 
     def __repr__(self) -> str:
-        return f"<given {self.name} {tuple(np.shape(self.array))}>"
+        return f"<given {self.name} {self.shape}>"
 
 
 def _content(array: Any) -> tuple:
-    shape, dtype = tuple(np.shape(array)), str(array.dtype)
+    shape, dtype = tuple(array.shape), str(array.dtype)
     if isinstance(array, jax.core.Tracer):
         return (shape, dtype, id(array))
     return (shape, dtype, hashlib.sha256(np.asarray(array).tobytes()).hexdigest())
+
+
+def init_params(
+    key: jax.Array,
+    num_hidden_units: int,
+    input_size: int,
+    *,
+    input_projector_size: int | None = None,
+    output_projector_size: int | None = None,
+    reset_gate_mode: str = AFTER,
+    state_activation_function: str | Callable = "tanh",
+    gate_activation_function: str | Callable = "sigmoid",
+    input_weights_initializer: str | Callable = "glorot",
+    recurrent_weights_initializer: str | Callable = "orthogonal",
+    bias_initializer: str | Callable = "zeros",
+    input_projector_initializer: str | Callable = "orthogonal",
+    output_projector_initializer: str | Callable = "orthogonal",
+    dtype: Any = jnp.float32,
+) -> GRUParams:
+    """Draws the learnables of a GRU.
+
+    Each initialiser is a name, or `f(key, shape, dtype)` as in `jax.nn.initializers`, called with
+    the size of the whole stacked array. With n_in and n_out the columns and rows of a weight
+    matrix (of a projector: its rows and columns):
+
+    - "glorot": uniform, mean 0, variance 2/(n_in + n_out);
+    - "he": normal, variance 2/n_in;
+    - "orthogonal": Q of the QR decomposition of a unit-normal matrix of the array's size; where
+      there are more columns than rows, the rows are orthonormal;
+    - "narrow-normal": normal, standard deviation 0.01; "zeros"; "ones".
+
+    The bias takes only "zeros", "narrow-normal", "ones" or a function.
+
+    Args:
+      key: a JAX random key.
+      num_hidden_units: H, the width of state and output.
+      input_size: I, the number of input channels.
+      input_projector_size: P_i, or None for no input projector.
+      output_projector_size: P_o, or None for no output projector.
+      reset_gate_mode: see `GRUParams`; so are the two activation functions.
+      state_activation_function: σ_s.
+      gate_activation_function: σ_g.
+      input_weights_initializer: for W of shape (3H, I or P_i).
+      recurrent_weights_initializer: for R of shape (3H, H or P_o).
+      bias_initializer: for b of shape (3H,) or (6H,).
+      input_projector_initializer: for Q_i of shape (I, P_i).
+      output_projector_initializer: for Q_o of shape (H, P_o).
+      dtype: floating-point type of all leaves.
+
+    Returns:
+      The parameters.
+
+    Raises:
+      ValueError: a size is not positive, or a name is unknown.
+      TypeError: a size is no integer, or `dtype` is no floating-point type.
+
+    References:
+      Glorot and Bengio 2010; He et al. 2015, arXiv:1502.01852; Saxe et al. 2014, arXiv:1312.6120.
+
+    Example:
+      >>> import jax, gru_jax
+      >>> params = gru_jax.init_params(jax.random.key(0), 100, 12, output_projector_size=25)
+      >>> params.recurrent_weights.shape, params.output_projector.shape
+      ((300, 25), (100, 25))
+    """
+    options = {
+        "reset_gate_mode": reset_gate_mode,
+        "state_activation_function": state_activation_function,
+        "gate_activation_function": gate_activation_function,
+    }
+    options = {name: check(name, options[name]) for name, check in OPTION_CHECKS.items()}
+    chosen = {
+        "input_weights": input_weights_initializer,
+        "recurrent_weights": recurrent_weights_initializer,
+        "bias": bias_initializer,
+        "input_projector": input_projector_initializer,
+        "output_projector": output_projector_initializer,
+    }
+    sizes = Sizes(
+        _checks.positive_int("num_hidden_units", num_hidden_units),
+        _checks.positive_int("input_size", input_size),
+        _checks.size("input_projector_size", input_projector_size, default=None),
+        _checks.size("output_projector_size", output_projector_size, default=None),
+        options["reset_gate_mode"],
+    )
+    dtype = _checks.real_dtype("dtype", dtype)
+    keys = jax.random.split(key, len(LEAVES))
+    arrays = {
+        leaf.name: init_leaf(leaf, chosen[leaf.name], k, sizes, dtype)
+        for leaf, k in zip(LEAVES, keys, strict=True)
+    }
+    return GRUParams(**arrays, **options)
+
+
+def init_leaf(leaf: Leaf, initializer: Any, key: Any, sizes: Sizes, dtype: Any) -> Any:
+    """Draws one leaf of the table, or returns None where these sizes have none."""
+    shape = leaf.shape(sizes)
+    if shape is None:
+        return None
+    initializer = check_initializer(leaf, f"{leaf.name}_initializer", initializer)
+    return initialize(initializer, key, shape, dtype, leaf.fans)

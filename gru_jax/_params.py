@@ -2,13 +2,13 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from gru_jax import _activations, _checks, _initializers
+from gru_jax import _activations, _checks
 
 AFTER = "after-multiplication"
 BEFORE = "before-multiplication"
@@ -21,6 +21,9 @@ class ResetMode(NamedTuple):
     reset_after: bool  # r multiplies R h (True) or h (False)
     recurrent_bias: bool  # a second bias stands beside R h
 
+
+INITIALIZERS = ("glorot", "he", "orthogonal", "narrow-normal", "zeros", "ones")
+BIAS_INITIALIZERS = ("zeros", "narrow-normal", "ones")
 
 RESET_MODES = {
     AFTER: ResetMode(reset_after=True, recurrent_bias=False),
@@ -60,27 +63,27 @@ LEAVES = (
     Leaf(
         "input_weights",
         lambda s: (3 * s.num_hidden_units, s.input_projector_size or s.input_size),
-        "glorot", _initializers.NAMES, (-1, -2), per_gate=True, l2_factor=1.0,
+        "glorot", INITIALIZERS, (-1, -2), per_gate=True, l2_factor=1.0,
     ),
     Leaf(
         "recurrent_weights",
         lambda s: (3 * s.num_hidden_units, s.output_projector_size or s.num_hidden_units),
-        "orthogonal", _initializers.NAMES, (-1, -2), per_gate=True, l2_factor=1.0,
+        "orthogonal", INITIALIZERS, (-1, -2), per_gate=True, l2_factor=1.0,
     ),
     Leaf(
         "bias",
         lambda s: (_bias_rows(s),),
-        "zeros", _initializers.BIAS_NAMES, (-1, -1), per_gate=True, l2_factor=0.0,
+        "zeros", BIAS_INITIALIZERS, (-1, -1), per_gate=True, l2_factor=0.0,
     ),
     Leaf(
         "input_projector",
         lambda s: (s.input_size, s.input_projector_size) if s.input_projector_size else None,
-        "orthogonal", _initializers.NAMES, (-2, -1), per_gate=False, l2_factor=1.0,
+        "orthogonal", INITIALIZERS, (-2, -1), per_gate=False, l2_factor=1.0,
     ),
     Leaf(
         "output_projector",
         lambda s: (s.num_hidden_units, s.output_projector_size) if s.output_projector_size else None,
-        "orthogonal", _initializers.NAMES, (-2, -1), per_gate=False, l2_factor=1.0,
+        "orthogonal", INITIALIZERS, (-2, -1), per_gate=False, l2_factor=1.0,
     ),
 )  # fmt: skip
 LEAF_NAMES = tuple(leaf.name for leaf in LEAVES)
@@ -138,7 +141,7 @@ class GRUParams:
 
     def __post_init__(self) -> None:
         for name, check in OPTION_CHECKS.items():
-            object.__setattr__(self, name, check(getattr(self, name)))
+            object.__setattr__(self, name, check(name, getattr(self, name)))
 
     def replace(self, **fields: Any) -> "GRUParams":
         """Returns a copy with the given fields changed."""
@@ -157,15 +160,10 @@ class GRUParams:
         return f"GRUParams({', '.join(shown)})"
 
 
-def check_reset_gate_mode(value: str) -> str:
-    """Returns the stored form of a `reset_gate_mode`."""
-    return _checks.choice("reset_gate_mode", value, RESET_MODES)
-
-
 OPTION_CHECKS = {
-    "reset_gate_mode": check_reset_gate_mode,
-    "state_activation_function": _activations.check_state,
-    "gate_activation_function": _activations.check_gate,
+    "reset_gate_mode": partial(_checks.choice, names=RESET_MODES),
+    "state_activation_function": partial(_activations.check, names=_activations.STATE),
+    "gate_activation_function": partial(_activations.check, names=_activations.GATE),
 }
 
 
@@ -175,116 +173,9 @@ def _summary(value: Any) -> str:
     return repr(value)
 
 
-def init_params(
-    key: jax.Array,
-    num_hidden_units: int,
-    input_size: int,
-    *,
-    input_projector_size: int | None = None,
-    output_projector_size: int | None = None,
-    reset_gate_mode: str = AFTER,
-    state_activation_function: str | Callable = "tanh",
-    gate_activation_function: str | Callable = "sigmoid",
-    input_weights_initializer: str | Callable = "glorot",
-    recurrent_weights_initializer: str | Callable = "orthogonal",
-    bias_initializer: str | Callable = "zeros",
-    input_projector_initializer: str | Callable = "orthogonal",
-    output_projector_initializer: str | Callable = "orthogonal",
-    dtype: Any = jnp.float32,
-) -> GRUParams:
-    """Draws the learnables of a GRU.
-
-    Each initialiser is a name, or `f(key, shape, dtype)` as in `jax.nn.initializers`, called with
-    the size of the whole stacked array. With n_in and n_out the columns and rows of a weight
-    matrix (of a projector: its rows and columns):
-
-    - "glorot": uniform, mean 0, variance 2/(n_in + n_out);
-    - "he": normal, variance 2/n_in;
-    - "orthogonal": Q of the QR decomposition of a unit-normal matrix of the array's size; where
-      there are more columns than rows, the rows are orthonormal;
-    - "narrow-normal": normal, standard deviation 0.01; "zeros"; "ones".
-
-    The bias takes only "zeros", "narrow-normal", "ones" or a function.
-
-    Args:
-      key: a JAX random key.
-      num_hidden_units: H, the width of state and output.
-      input_size: I, the number of input channels.
-      input_projector_size: P_i, or None for no input projector.
-      output_projector_size: P_o, or None for no output projector.
-      reset_gate_mode: see `GRUParams`; so are the two activation functions.
-      state_activation_function: σ_s.
-      gate_activation_function: σ_g.
-      input_weights_initializer: for W of shape (3H, I or P_i).
-      recurrent_weights_initializer: for R of shape (3H, H or P_o).
-      bias_initializer: for b of shape (3H,) or (6H,).
-      input_projector_initializer: for Q_i of shape (I, P_i).
-      output_projector_initializer: for Q_o of shape (H, P_o).
-      dtype: floating-point type of all leaves.
-
-    Returns:
-      The parameters.
-
-    Raises:
-      ValueError: a size is not positive, or a name is unknown.
-      TypeError: a size is no integer, or `dtype` is no floating-point type.
-
-    References:
-      Glorot and Bengio 2010; He et al. 2015, arXiv:1502.01852; Saxe et al. 2014, arXiv:1312.6120.
-
-    Example:
-      >>> import jax, gru_jax
-      >>> params = gru_jax.init_params(jax.random.key(0), 100, 12, output_projector_size=25)
-      >>> params.recurrent_weights.shape, params.output_projector.shape
-      ((300, 25), (100, 25))
-    """
-    options = {
-        "reset_gate_mode": reset_gate_mode,
-        "state_activation_function": state_activation_function,
-        "gate_activation_function": gate_activation_function,
-    }
-    options = {name: check(options[name]) for name, check in OPTION_CHECKS.items()}
-    chosen = {
-        "input_weights": input_weights_initializer,
-        "recurrent_weights": recurrent_weights_initializer,
-        "bias": bias_initializer,
-        "input_projector": input_projector_initializer,
-        "output_projector": output_projector_initializer,
-    }
-    sizes = Sizes(
-        _checks.positive_int("num_hidden_units", num_hidden_units),
-        _checks.positive_int("input_size", input_size),
-        optional_size("input_projector_size", input_projector_size),
-        optional_size("output_projector_size", output_projector_size),
-        options["reset_gate_mode"],
-    )
-    dtype = _checks.real_dtype("dtype", dtype)
-    keys = jax.random.split(key, len(LEAVES))
-    arrays = {
-        leaf.name: init_leaf(leaf, chosen[leaf.name], k, sizes, dtype)
-        for leaf, k in zip(LEAVES, keys, strict=True)
-    }
-    return GRUParams(**arrays, **options)
-
-
-def init_leaf(leaf: Leaf, initializer: Any, key: Any, sizes: Sizes, dtype: Any) -> Any:
-    """Draws one leaf of the table, or returns None where these sizes have none."""
-    shape = leaf.shape(sizes)
-    if shape is None:
-        return None
-    initializer = check_initializer(leaf, initializer)
-    return _initializers.initialize(initializer, key, shape, dtype, leaf.fans)
-
-
-def check_initializer(leaf: Leaf, value: str | Callable) -> str | Callable:
+def check_initializer(leaf: Leaf, option: str, value: str | Callable) -> str | Callable:
     """Returns the stored form of an initialiser of one leaf."""
-    option = f"{leaf.name}_initializer"
     return _checks.choice(option, value, leaf.initializers, or_callable=True)
-
-
-def optional_size(option: str, value: Any) -> int | None:
-    """Returns a projector size as an int, or None."""
-    return None if value is None else _checks.positive_int(option, value)
 
 
 def num_learnables(params: Any) -> int:

@@ -90,9 +90,7 @@ def _rule(loop: Loop, primals: tuple, tangents: tuple) -> tuple:
     starts = _where(steps.reset, _for_all(ends.back, hs), _previous(loop, ends.enter, hs))
 
     at_starts = partial(step, loop.equations)
-    _, u = jax.jvp(
-        lambda rec, x: at_starts(rec, starts, x), (rec, steps.x), (d_rec, d_steps.x)
-    )
+    _, u = jax.jvp(lambda rec, x: at_starts(rec, starts, x), (rec, steps.x), (d_rec, d_steps.x))
     coef = coefficients(loop.equations, rec, starts, steps.x)
 
     def body(emit: Any, dh: jax.Array, now: tuple) -> tuple:

@@ -12,9 +12,6 @@ from gru_jax import _arguments, _cell, _checks
 from gru_jax._params import GRUParams
 from gru_jax._recurrence import STATES, Ends, Loop, Steps, last_state, states
 
-OUTPUT_MODES = ("sequence", "last")
-IMPLEMENTATIONS = ("scan",)
-
 
 class Options(NamedTuple):
     """The static side of a call."""
@@ -108,25 +105,15 @@ def gru(
     lengths = _arguments.check_lengths(lengths, mask, steps_shape)
     mask = _arguments.check_flags("mask", mask, steps_shape)
     resets = _arguments.check_flags("resets", resets, steps_shape)
-    if implementation is not None:
-        _checks.choice("implementation", implementation, IMPLEMENTATIONS)
+    _checks.implementation("implementation", implementation)
     options = Options(
-        _checks.choice("output_mode", output_mode, OUTPUT_MODES),
+        _checks.output_mode("output_mode", output_mode),
         _checks.flag("reverse", reverse),
         _checks.positive_int("unroll", unroll),
-        check_checkpoint(checkpoint),
+        _checks.checkpoint("checkpoint", checkpoint),
         precision,
     )
     return _gru(options, params, x, h0, lengths, mask, resets)
-
-
-def check_checkpoint(value: Any) -> int | str | None:
-    """Returns the stored form of a `checkpoint` option."""
-    if value is None or value == "sqrt":
-        return value
-    if isinstance(value, str):
-        raise ValueError(f"checkpoint must be None, a positive integer or 'sqrt', got {value!r}.")
-    return _checks.positive_int("checkpoint", value)
 
 
 @partial(jax.jit, static_argnums=0)

@@ -47,10 +47,7 @@ def node_session(directions, mode, state, gate):
     """An ONNX Runtime session of one bidirectional GRU node with these weights."""
     stacks = [np.stack(w) for w in zip(*(weights_of(a, mode) for a in directions), strict=True)]
     weights = [numpy_helper.from_array(w, n) for w, n in zip(stacks, "WRB", strict=True)]
-    options = {
-        "direction": "bidirectional",
-        "activations": [ACTIVATIONS[gate], ACTIVATIONS[state]] * 2,
-    }
+    options = {"activations": [ACTIVATIONS[gate], ACTIVATIONS[state]] * 2}
     if gate == "hard-sigmoid":
         options |= {"activation_alpha": [0.2, 0.2], "activation_beta": [0.5, 0.5]}
     node = helper.make_node(

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import as_dict, as_params, assert_close, random_params
+from cases import TOLERANCE, as_dict, as_params, assert_close, random_params
 from jax import lax
 from jax.flatten_util import ravel_pytree
 from jax.test_util import check_grads
@@ -31,7 +31,6 @@ OPTIONS = {
     "projected": (False, True),
     "batch_axes": (1, 2),
 }
-TOLERANCES = {"float64": 1e-12, "float32": 2e-6}
 
 
 def covering(options, strength):
@@ -128,8 +127,8 @@ def name_of(row):
 def test_values_and_gradients(i):
     case = make_case(ROWS[i], *SIZES[i], seed=i)
     want = by_the_loop(case)
-    assert_close(by_the_library(case), want, TOLERANCES["float64"])
-    assert_close(by_the_library(case, jax.jit), want, TOLERANCES["float64"])
+    assert_close(by_the_library(case), want, TOLERANCE["float64"])
+    assert_close(by_the_library(case, jax.jit), want, TOLERANCE["float64"])
 
 
 @pytest.mark.parametrize("i", range(len(PAIRS)), ids=list(map(name_of, PAIRS)))
@@ -137,7 +136,7 @@ def test_values_and_gradients_in_float32(i):
     case = make_case(PAIRS[i], *SIZES[i], seed=i, dtype="float32")
     got = by_the_library(case, jax.jit)
     assert {array.dtype.name for array in got.values()} == {"float32"}
-    assert_close(got, by_the_loop(case), TOLERANCES["float32"])
+    assert_close(got, by_the_loop(case), TOLERANCE["float32"])
 
 
 def one_sequence(mode, seed, reverse=False):
@@ -160,8 +159,8 @@ def test_masked_steps_are_as_if_absent(mode, reverse):
     for name in ("y", "dx"):
         assert np.all(np.asarray(got[name])[~mask] == 0)
         got[name] = got[name][mask]
-    assert_close(got, want, TOLERANCES["float64"])
-    assert_close(want, by_the_loop(short), TOLERANCES["float64"])
+    assert_close(got, want, TOLERANCE["float64"])
+    assert_close(want, by_the_loop(short), TOLERANCE["float64"])
 
 
 @pytest.mark.parametrize("reverse", [False, True])
@@ -176,7 +175,7 @@ def test_chunks_equal_one_run(mode, reverse):
     for part in (slice(3, 6), slice(0, 3)) if reverse else (slice(0, 3), slice(3, 6)):
         ys[part.start], h = gru_jax.gru(params, x[:, part], h, mask=mask[:, part], reverse=reverse)
     chunked = {"y": np.concatenate([ys[0], ys[3]], 1), "hidden": h}
-    assert_close(chunked, {"y": y, "hidden": hidden}, TOLERANCES["float64"])
+    assert_close(chunked, {"y": y, "hidden": hidden}, TOLERANCE["float64"])
 
 
 def test_no_initial_state_means_zeros():
@@ -253,7 +252,7 @@ def test_derivatives_equal_plain_autodiff(mode):
     got = outputs_of(gru_jax.gru, unravel, **flags)
     want = outputs_of(plain, unravel, **flags)
     run = jax.jit(lambda flat: (derivatives(got, flat), derivatives(want, flat)))
-    assert_close(*run(flat), TOLERANCES["float64"])
+    assert_close(*run(flat), TOLERANCE["float64"])
 
 
 @pytest.mark.slow
@@ -270,7 +269,7 @@ def test_second_derivatives_of_checkpointed_runs(mode, checkpoint):
 
     got, want = jax.jit(lambda: (curvature(checkpoint), curvature(None)))()
     names = ("gradient", "curvature")
-    tolerance = TOLERANCES["float64"]
+    tolerance = TOLERANCE["float64"]
     assert_close(dict(zip(names, got, strict=True)), dict(zip(names, want, strict=True)), tolerance)
 
 

@@ -1,0 +1,178 @@
+"""What a call of a layer or of a cell does, whichever framework owns the arrays."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gru_jax import _arguments, _checks, formats
+from gru_jax._cell import gru_cell
+from gru_jax._options import CellOptions, LayerOptions
+from gru_jax._params import LEAF_NAMES, OPTION_CHECKS, GRUParams
+from gru_jax._sequence import gru
+
+MERGES = ("concat", "sum", "mul", "ave")
+
+
+@dataclasses.dataclass(eq=False, repr=False)
+class ProjectedLayerOptions(LayerOptions):
+    """`LayerOptions` with both projector sizes required, output before input as on the pages."""
+
+    output_projector_size: int = dataclasses.field(kw_only=False)
+    input_projector_size: int = dataclasses.field(kw_only=False)
+
+
+@dataclasses.dataclass(eq=False, repr=False)
+class BidirectionalOptions(LayerOptions):
+    """`LayerOptions` of both directions, and how their outputs are merged."""
+
+    _: dataclasses.KW_ONLY
+    merge: str = "concat"
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in LEAF_NAMES and value is not None:
+            raise ValueError(
+                f"{name} must not be given to a bidirectional layer: its two directions hold their "
+                "own, in the sub-trees 'forward' and 'backward'."
+            )
+        if name == "merge":
+            value = _checks.choice("merge", value, MERGES)
+        super().__setattr__(name, value)
+
+    def direction(self, *, backward: bool) -> dict[str, Any]:
+        """Returns the options of one of the two layers."""
+        shared = [field.name for field in dataclasses.fields(LayerOptions)]
+        options = {name: getattr(self, name) for name in shared if name not in LEAF_NAMES}
+        return options | {"reverse": self.reverse != backward}
+
+
+def input_of(options: LayerOptions, x: Any) -> jax.Array:
+    """Returns the input of a layer as (*batch, time, channels), in the layer's `dtype` if any."""
+    x = formats.to_core(_arguments.as_floating("x", x), options.data_format)
+    if x.ndim < 2:
+        raise ValueError(
+            "x must have at least 2 axes, (*batch, time, channels), with data_format 'BTC', got "
+            f"shape {x.shape}. For a single step pass data_format='BC' or 'C'."
+        )
+    return x if options.dtype is None else x.astype(options.dtype)
+
+
+def call_layer(
+    options: LayerOptions,
+    leaves: Mapping[str, Any],
+    x: jax.Array,
+    hidden: Any,
+    stored: Any,
+    lengths: Any,
+    mask: Any,
+    resets: Any,
+) -> tuple[Any, jax.Array]:
+    """Runs a layer over what `input_of` returned.
+
+    Args:
+      options: the layer.
+      leaves: its learnables by name; projectors there or not.
+      x: shape (*batch, time, channels).
+      hidden: the second argument of the call, in the format of the state port, or None.
+      stored: the state that a stateful layer kept, or None.
+      lengths: see `gru_jax.gru`; so are `mask` and `resets`.
+      mask: booleans.
+      resets: booleans.
+
+    Returns:
+      What the call returns, and the final state, (*batch, H).
+    """
+    y, final = gru(
+        as_params(options, leaves),
+        x,
+        _start(options, hidden, stored, x),
+        output_mode=options.output_mode,
+        lengths=lengths,
+        mask=mask,
+        resets=resets,
+        reverse=options.reverse,
+        unroll=options.unroll,
+        checkpoint=options.checkpoint,
+        precision=options.precision,
+        implementation=options.implementation,
+    )
+    y = formats.from_core(y, options.data_format, options.output_mode)
+    if not options.has_state_outputs:
+        return y, final
+    return (y, formats.from_core(final, options.data_format, "last")), final
+
+
+def call_cell(options: CellOptions, leaves: Mapping[str, Any], carry: Any, x: Any) -> tuple:
+    """Runs a cell for one step: (carry, x) to (new carry, output), the carry keeping its dtype."""
+    x = _arguments.as_floating("x", x)
+    x = x if options.dtype is None else x.astype(options.dtype)
+    params = as_params(options, leaves)
+    new = gru_cell(params, carry, x, precision=options.precision)
+    dtype, _ = _arguments.result_dtypes(x, *params.arrays().values())
+    return new, new.astype(dtype)
+
+
+def as_params(options: CellOptions, leaves: Mapping[str, Any]) -> GRUParams:
+    """The leaves as `GRUParams`, in the layer's `dtype` if any."""
+    if options.dtype is not None:
+        leaves = {name: jnp.asarray(leaf, options.dtype) for name, leaf in leaves.items()}
+    return GRUParams(**leaves, **{name: getattr(options, name) for name in OPTION_CHECKS})
+
+
+def stored_state(options: CellOptions, batch_shape: tuple[int, ...] = ()) -> jax.Array:
+    """The state that `reset_state` returns to: `hidden_state`, or zeros, for such a batch."""
+    H = options.num_hidden_units
+    dtype = _checks.promote(options.dtype or options.param_dtype, jnp.float32)
+    values = getattr(options, "hidden_state", None) or (0.0,) * H
+    return jnp.broadcast_to(jnp.asarray(values, dtype), (*batch_shape, H))
+
+
+def _start(options: LayerOptions, hidden: Any, stored: Any, x: jax.Array) -> Any:
+    """The state from which a call starts, for the core; None for zeros."""
+    if options.has_state_inputs:
+        if hidden is None:
+            raise ValueError(
+                "hidden is missing: has_state_inputs is True, so call layer(x, hidden)."
+            )
+        hidden = _arguments.as_floating("hidden", hidden)
+        port = formats.state_to_core(hidden, options.data_format)
+        return _arguments.check_state("hidden", port, x.shape[:-2], options.num_hidden_units)
+    if hidden is not None:
+        raise ValueError("hidden was given, but has_state_inputs is False; make the layer with it.")
+    if stored is not None:
+        shape = (*x.shape[:-2], options.num_hidden_units)
+        if stored.shape not in (shape, shape[-1:]):
+            raise ValueError(
+                f"the stored state has shape {stored.shape}, but this input needs {shape}: call "
+                "reset_state before another batch size."
+            )
+        return stored
+    return None if options.hidden_state is None else stored_state(options)
+
+
+def state_pair(options: BidirectionalOptions, hidden: Any) -> tuple[Any, Any]:
+    """The second argument of a bidirectional layer's call, one state for each direction."""
+    if hidden is None:
+        return None, None
+    if not isinstance(hidden, tuple | list) or len(hidden) != 2:
+        raise ValueError("hidden of a bidirectional layer must be a pair (forward, backward).")
+    return hidden[0], hidden[1]
+
+
+def merge(options: BidirectionalOptions, forward: Any, backward: Any) -> Any:
+    """Joins what the two directions of a bidirectional layer returned; states become a pair."""
+    states = ()
+    if options.has_state_outputs:
+        (forward, first), (backward, second) = forward, backward
+        states = ((first, second),)
+    if options.merge == "concat":
+        axis = formats.channel_axis(options.data_format, options.output_mode)
+        y = jnp.concatenate([forward, backward], axis=axis)
+    elif options.merge == "mul":
+        y = forward * backward
+    else:
+        y = forward + backward
+        y = y / 2 if options.merge == "ave" else y
+    return (y, *states) if states else y

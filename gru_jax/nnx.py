@@ -1,0 +1,273 @@
+"""GRU layers for Flax nnx: they own the arrays and call the functional core.
+
+The learnables are `nnx.Param`s under the names of the fields of `GRUParams`; a projector that a
+layer has not is None.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from gru_jax._initializers import Given, init_leaf
+from gru_jax._layer import (
+    BidirectionalOptions, ProjectedLayerOptions, call_cell, call_layer, input_of, merge,
+    state_pair, stored_state,
+)  # fmt: skip
+from gru_jax._options import CellOptions, LayerOptions
+from gru_jax._params import LEAF_NAMES, LEAVES
+
+
+class HiddenState(nnx.Variable):
+    """The state that a layer with `stateful=True` keeps between calls."""
+
+
+nnx.register_variable_name("state", HiddenState)
+
+
+class _Owner(CellOptions):
+    """Makes the learnables, and lets an array be assigned to them."""
+
+    def make_leaves(self, rngs: nnx.Rngs | None) -> None:
+        """Draws the learnables, or takes those given."""
+        self.settle()
+        if self.input_size == "auto":
+            raise ValueError(
+                "input_size is missing: an nnx layer makes its learnables at once, so it must be "
+                "told the number of input channels, or be given input_weights."
+            )
+        sizes = self.sizes(self.input_size)
+        for leaf in LEAVES:
+            initializer = getattr(self, f"{leaf.name}_initializer")
+            if leaf.shape(sizes) is None:
+                setattr(self, leaf.name, nnx.data(None))
+                continue
+            key = None
+            if not isinstance(initializer, Given) and initializer not in ("zeros", "ones"):
+                if rngs is None:
+                    raise ValueError(
+                        f"rngs is missing, to draw {leaf.name}: pass rngs=nnx.Rngs(0)."
+                    )
+                key = rngs.params()
+            value = init_leaf(leaf, initializer, key, sizes, self.param_dtype)
+            metadata = dict(getattr(self, f"{leaf.name}_metadata") or {})
+            setattr(self, leaf.name, nnx.Param(value, **metadata))
+            if isinstance(initializer, Given):  # the array lives in its Param from now on
+                object.__setattr__(self, f"{leaf.name}_initializer", leaf.initializer)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        current = vars(self).get(name)
+        plain = value is not None and not isinstance(value, nnx.Variable)
+        if name in LEAF_NAMES and isinstance(current, nnx.Variable) and plain:
+            given = Given(name, value)
+            current[...] = given(None, current[...].shape, current[...].dtype)
+        else:
+            super().__setattr__(name, value)
+
+    def leaves(self) -> dict[str, jax.Array]:
+        """Returns the learnables that are present, by name."""
+        variables = {name: getattr(self, name) for name in LEAF_NAMES}
+        return {name: value[...] for name, value in variables.items() if value is not None}
+
+    def known_leaves(self) -> Mapping[str, Any]:
+        """Returns the learnables, by name."""
+        return self.leaves()
+
+
+@dataclasses.dataclass(eq=False, repr=False)
+class GRULayer(_Owner, LayerOptions, nnx.Module):
+    """A GRU over sequences, for Flax nnx.
+
+    Every option is described in `LayerOptions` and `CellOptions`; the equations at
+    `gru_jax.gru_cell`, the sequence semantics at `gru_jax.gru`. A call changes nothing unless
+    `stateful` is True: then the state is kept in the variable `state`, a `HiddenState`.
+    Transformations of nnx carry its changes on; plain `jax.jit` drops them without a word: there,
+    use `has_state_inputs` and `has_state_outputs`.
+
+    Learnables, `hidden_state`, factors and `name` can be assigned; what the pages call read-only
+    raises AttributeError.
+
+    Args:
+      name: a name for display.
+      rngs: `nnx.Rngs`, whose stream "params" the learnables are drawn from.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from gru_jax.nnx import GRULayer
+      >>> layer = GRULayer(100, input_size=12, output_mode="last", rngs=nnx.Rngs(0))
+      >>> layer(jnp.ones((2, 7, 12)), lengths=jnp.array([7, 4])).shape
+      (2, 100)
+    """
+
+    _: dataclasses.KW_ONLY
+    name: str = ""
+    rngs: dataclasses.InitVar[nnx.Rngs | None] = None
+
+    def __post_init__(self, rngs: nnx.Rngs | None) -> None:
+        self.make_leaves(rngs)
+        if self.stateful:
+            self.state = HiddenState(stored_state(self))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "hidden_state" and "state" in vars(self):
+            self.reset_state()
+
+    def __call__(
+        self,
+        x: Any,
+        hidden: Any = None,
+        *,
+        lengths: Any = None,
+        mask: Any = None,
+        resets: Any = None,
+    ) -> Any:
+        """Runs the layer.
+
+        Args:
+          x: inputs with the axes of `data_format`, (*batch, time, channels) by default.
+          hidden: initial state, with `has_state_inputs` only, in the format of the "last" output.
+          lengths: integers (*batch,): right padding begins there.
+          mask: booleans (*batch, time): False at steps to skip.
+          resets: booleans (*batch, time): the state returns to the initial one before such a step.
+
+        Returns:
+          y, or (y, hidden) with `has_state_outputs`.
+
+        Raises:
+          TypeError: wrong dtypes, as in `gru_jax.gru`.
+          ValueError: wrong shapes or options, as in `gru_jax.gru`.
+        """
+        x = input_of(self, x)
+        stored = self.state[...] if self.stateful else None
+        result, final = call_layer(self, self.leaves(), x, hidden, stored, lengths, mask, resets)
+        if self.stateful:
+            self.state.set_value(final)
+        return result
+
+    def reset_state(self, batch_shape: tuple[int, ...] = ()) -> None:
+        """Returns the state of a stateful layer to `hidden_state`, or zeros.
+
+        Args:
+          batch_shape: shape of the batch to come; by default the state fits any batch.
+
+        Raises:
+          ValueError: the layer is not stateful.
+        """
+        if not self.stateful:
+            raise ValueError("reset_state needs a layer made with stateful=True.")
+        self.state.set_value(stored_state(self, tuple(batch_shape)))
+
+
+@dataclasses.dataclass(eq=False, repr=False)
+class GRUProjectedLayer(ProjectedLayerOptions, GRULayer):
+    """A GRU with learnable projectors, for Flax nnx: W' (Q_iᵀ x) and R' (Q_oᵀ h).
+
+    It stores 4·H·P_o numbers instead of 3H², and (3H + I)·P_i instead of 3H·I, and keeps the width
+    of its output. Options and calls are those of `GRULayer`.
+
+    Example:
+      >>> import gru_jax
+      >>> from flax import nnx
+      >>> from gru_jax.nnx import GRUProjectedLayer
+      >>> layer = GRUProjectedLayer(100, 25, 9, input_size=12, rngs=nnx.Rngs(0))
+      >>> gru_jax.num_learnables(nnx.state(layer, nnx.Param))
+      13108
+    """
+
+
+@dataclasses.dataclass(eq=False, repr=False)
+class BidirectionalGRULayer(BidirectionalOptions, nnx.Module):
+    """Two GRUs over the same sequences, one from each end, for Flax nnx.
+
+    Sub-modules `forward` and `backward`. `merge` joins the outputs: "concat" (default), "sum",
+    "mul" or "ave"; output mode "last" joins the two final states. `hidden` is a pair, in and out.
+
+    Args:
+      name: a name for display.
+      rngs: `nnx.Rngs`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from gru_jax.nnx import BidirectionalGRULayer
+      >>> layer = BidirectionalGRULayer(100, input_size=12, rngs=nnx.Rngs(0))
+      >>> layer(jnp.ones((2, 7, 12))).shape
+      (2, 7, 200)
+    """
+
+    _: dataclasses.KW_ONLY
+    name: str = ""
+    rngs: dataclasses.InitVar[nnx.Rngs | None] = None
+
+    def __post_init__(self, rngs: nnx.Rngs | None) -> None:
+        self.settle()
+        self.forward = GRULayer(**self.direction(backward=False), rngs=rngs)
+        self.backward = GRULayer(**self.direction(backward=True), rngs=rngs)
+
+    def __call__(
+        self,
+        x: Any,
+        hidden: Any = None,
+        *,
+        lengths: Any = None,
+        mask: Any = None,
+        resets: Any = None,
+    ) -> Any:
+        """Runs both directions and merges them; arguments as in `GRULayer`, `hidden` a pair."""
+        pair = state_pair(self, hidden)
+        options = {"lengths": lengths, "mask": mask, "resets": resets}
+        forward = self.forward(x, pair[0], **options)
+        return merge(self, forward, self.backward(x, pair[1], **options))
+
+    def known_leaves(self) -> Mapping[str, Any]:
+        """Returns the learnables by direction and name."""
+        return {"forward": self.forward.leaves(), "backward": self.backward.leaves()}
+
+
+@dataclasses.dataclass(eq=False, repr=False)
+class GRUCell(_Owner, nnx.RNNCellBase):
+    """One step of a GRU in nnx's cell protocol, for `flax.nnx.RNN`.
+
+    Args:
+      name: a name for display.
+      rngs: `nnx.Rngs`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from gru_jax.nnx import GRUCell
+      >>> rnn = nnx.RNN(GRUCell(100, input_size=12, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(1))
+      >>> rnn(jnp.ones((2, 7, 12))).shape
+      (2, 7, 100)
+    """
+
+    _: dataclasses.KW_ONLY
+    name: str = ""
+    rngs: dataclasses.InitVar[nnx.Rngs | None] = None
+
+    def __post_init__(self, rngs: nnx.Rngs | None) -> None:
+        self.make_leaves(rngs)
+
+    def __call__(self, carry: Any, inputs: Any) -> tuple[jax.Array, jax.Array]:
+        """Takes one step: (*batch, H) and (*batch, I) to the new carry and the output."""
+        return call_cell(self, self.leaves(), carry, inputs)
+
+    def initialize_carry(
+        self, input_shape: tuple[int, ...], rngs: Any = None, carry_init: Callable | None = None
+    ) -> jax.Array:
+        """Returns zeros, or a draw of `carry_init`, of shape (*batch, H) for inputs (*batch, I)."""
+        zeros = stored_state(self, tuple(input_shape[:-1]))
+        if carry_init is None:
+            return zeros
+        key = rngs.carry() if isinstance(rngs, nnx.Rngs) else rngs()
+        return jnp.asarray(carry_init(key, zeros.shape, zeros.dtype))
+
+    @property
+    def num_feature_axes(self) -> int:
+        """Number of axes of one input vector."""
+        return 1

@@ -11,7 +11,7 @@ from gru_jax import _checks
 
 
 def hard_sigmoid(x: jax.Array) -> jax.Array:
-    """0 if x < −2.5, 0.2·x + 0.5 in between, 1 if x > 2.5. Not `jax.nn.hard_sigmoid`, whose slope is 1/6."""
+    """0 if x < −2.5, 1 if x > 2.5, else 0.2·x + 0.5; `jax.nn.hard_sigmoid` is another one."""
     return jnp.clip(0.2 * x + 0.5, 0.0, 1.0)
 
 
@@ -39,7 +39,7 @@ def check(option: str, value: str | Callable, names: dict[str, Callable]) -> str
 
 @functools.lru_cache(maxsize=256)
 def _check_elementwise(option: str, function: Callable) -> None:
-    """Tries the function on two vectors that differ in one element; the derivative rule needs this."""
+    """Tries two vectors that differ in one element; the derivative rule relies on this."""
     with jax.ensure_compile_time_eval():
         one, other = (function(jnp.asarray(v, jnp.float32)) for v in ([0.3, -1.2], [0.3, 0.7]))
     for out in (one, other):

@@ -66,7 +66,7 @@ def _input_size(params: GRUParams) -> int:
 def _bias_hint(sizes: Sizes, shape: tuple) -> str:
     double = RESET_MODES[sizes.reset_gate_mode].recurrent_bias
     if double and shape == (3 * sizes.num_hidden_units,):
-        return " Append the recurrent bias (zeros leave the function as it is), or choose another reset_gate_mode."
+        return " Append the recurrent bias (zeros change nothing) or choose another mode."
     if not double and shape == (6 * sizes.num_hidden_units,):
         return " A second bias needs reset_gate_mode='recurrent-bias-after-multiplication'."
     return ""
@@ -160,6 +160,6 @@ def _is_concrete(array: Any) -> bool:
 
 
 def result_dtypes(*arrays: Any) -> tuple[jnp.dtype, jnp.dtype]:
-    """Returns the promoted dtype of the arrays, and that of the state: the same, at least float32."""
+    """Returns the promoted dtype of the arrays, and the state's: the same, at least float32."""
     result = _checks.promote(*(array.dtype for array in arrays))
     return result, _checks.promote(result, jnp.float32)

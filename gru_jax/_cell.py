@@ -1,4 +1,4 @@
-"""The equations of the GRU: one step, and the coefficients of its derivative. Mathematics lives here.
+"""The equations of the GRU: one step, and the coefficients of its derivative.
 
 Letters: H hidden units, I input channels, P the columns of R (H, or P_o with an output projector).
 Rows are in the order reset, update, candidate. Everything broadcasts over leading axes.
@@ -28,7 +28,7 @@ class Recurrent(NamedTuple):
     """The learnables inside the recurrence, cut once before the loop."""
 
     weights: jax.Array  # rows that multiply h: (3, H, P), or (2, H, P) where the reset comes before
-    candidate: jax.Array | None  # rows that multiply r ⊙ h, (H, P), where the reset comes before
+    candidate: Any  # rows that multiply r ⊙ h, (H, P), where the reset comes before, else None
     bias: jax.Array | None  # b_Rh̃, (H,), in recurrent-bias mode
     projector: jax.Array | None  # Q_oᵀ, (P_o, H)
 
@@ -121,7 +121,8 @@ def input_parts(params: GRUParams, x: jax.Array, precision: Any = None) -> Parts
     if params.input_projector is not None:
         x = times(params.input_projector.T, x, precision)
     W = params.input_weights.reshape(3, H, x.shape[-1])
-    return tuple(add_row(times(W[g], x, precision), b[g]) for g in range(3))
+    x_r, x_z, x_n = (add_row(times(W[g], x, precision), b[g]) for g in range(3))
+    return x_r, x_z, x_n
 
 
 def step(eq: Equations, rec: Recurrent, h: jax.Array, x: Parts) -> jax.Array:
@@ -162,7 +163,7 @@ def coefficients(eq: Equations, rec: Recurrent, h: jax.Array, x: Parts) -> tuple
 def linear_step(
     eq: Equations, rec: Recurrent, c: tuple[jax.Array, ...], dh: jax.Array
 ) -> jax.Array:
-    """J_t dh, linear in dh:
+    """Returns J_t dh, linear in dh.
 
     reset after:   z dh + Σ_g C_g ⊙ (R_g dh)
     reset before:  z dh + c_z ⊙ (R_z dh) + c_n ⊙ R_h̃ (c_r ⊙ (R_r dh) + r ⊙ dh)

@@ -184,7 +184,7 @@ def init_params(
       >>> params.recurrent_weights.shape, params.output_projector.shape
       ((300, 25), (100, 25))
     """
-    options = {
+    options: dict[str, Any] = {
         "reset_gate_mode": reset_gate_mode,
         "state_activation_function": state_activation_function,
         "gate_activation_function": gate_activation_function,

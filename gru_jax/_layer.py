@@ -1,7 +1,7 @@
 """What a call of a layer or of a cell does, whichever framework owns the arrays."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -9,8 +9,9 @@ import jax.numpy as jnp
 
 from gru_jax import _arguments, _checks, formats
 from gru_jax._cell import gru_cell
+from gru_jax._initializers import Given, init_leaf
 from gru_jax._options import CellOptions, LayerOptions
-from gru_jax._params import LEAF_NAMES, OPTION_CHECKS, GRUParams
+from gru_jax._params import LEAF_NAMES, LEAVES, OPTION_CHECKS, GRUParams, Leaf
 from gru_jax._sequence import gru
 
 MERGES = ("concat", "sum", "mul", "ave")
@@ -20,8 +21,13 @@ MERGES = ("concat", "sum", "mul", "ave")
 class ProjectedLayerOptions(LayerOptions):
     """`LayerOptions` with both projector sizes required, output before input as on the pages."""
 
-    output_projector_size: int = dataclasses.field(kw_only=False)
-    input_projector_size: int = dataclasses.field(kw_only=False)
+    output_projector_size: int | None = dataclasses.field(kw_only=False)
+    input_projector_size: int | None = dataclasses.field(kw_only=False)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("output_projector_size", "input_projector_size"):
+            value = _checks.positive_int(name, value)
+        super().__setattr__(name, value)
 
 
 @dataclasses.dataclass(eq=False, repr=False)
@@ -46,6 +52,24 @@ class BidirectionalOptions(LayerOptions):
         shared = [field.name for field in dataclasses.fields(LayerOptions)]
         options = {name: getattr(self, name) for name in shared if name not in LEAF_NAMES}
         return options | {"reverse": self.reverse != backward}
+
+
+def initial_leaves(options: CellOptions, next_key: Callable | None) -> Iterator[tuple[Leaf, Any]]:
+    """Draws the leaves of a layer that makes them at once; None where it has no such leaf."""
+    if options.input_size == "auto":
+        raise ValueError(
+            "input_size is missing: an nnx layer makes its learnables at once, so it must be told "
+            "the number of input channels, or be given input_weights."
+        )
+    sizes = options.sizes(options.input_size)
+    for leaf in LEAVES:
+        initializer = getattr(options, f"{leaf.name}_initializer")
+        drawn = not isinstance(initializer, Given) and initializer not in ("zeros", "ones")
+        drawn = drawn and leaf.shape(sizes) is not None
+        if drawn and next_key is None:
+            raise ValueError(f"rngs is missing, to draw {leaf.name}: pass rngs=nnx.Rngs(0).")
+        key = next_key() if drawn and next_key else None
+        yield leaf, init_leaf(leaf, initializer, key, sizes, options.param_dtype)
 
 
 def input_of(options: LayerOptions, x: Any) -> jax.Array:

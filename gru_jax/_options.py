@@ -14,14 +14,7 @@ import jax.numpy as jnp
 from gru_jax import _checks, formats
 from gru_jax._display import display
 from gru_jax._initializers import Given
-from gru_jax._params import (
-    AFTER,
-    LEAF_NAMES,
-    LEAVES,
-    OPTION_CHECKS,
-    Sizes,
-    check_initializer,
-)  # fmt: skip
+from gru_jax._params import AFTER, LEAF_NAMES, LEAVES, OPTION_CHECKS, Sizes, check_initializer
 
 Initializer = str | Callable
 Factor = float | tuple[float, float, float]

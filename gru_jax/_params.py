@@ -59,6 +59,14 @@ def _bias_rows(s: Sizes) -> int:
     return (6 if RESET_MODES[s.reset_gate_mode].recurrent_bias else 3) * s.num_hidden_units
 
 
+def _input_projector_shape(s: Sizes) -> tuple | None:
+    return (s.input_size, s.input_projector_size) if s.input_projector_size else None
+
+
+def _output_projector_shape(s: Sizes) -> tuple | None:
+    return (s.num_hidden_units, s.output_projector_size) if s.output_projector_size else None
+
+
 LEAVES = (
     Leaf(
         "input_weights",
@@ -77,12 +85,12 @@ LEAVES = (
     ),
     Leaf(
         "input_projector",
-        lambda s: (s.input_size, s.input_projector_size) if s.input_projector_size else None,
+        _input_projector_shape,
         "orthogonal", INITIALIZERS, (-2, -1), per_gate=False, l2_factor=1.0,
     ),
     Leaf(
         "output_projector",
-        lambda s: (s.num_hidden_units, s.output_projector_size) if s.output_projector_size else None,
+        _output_projector_shape,
         "orthogonal", INITIALIZERS, (-2, -1), per_gate=False, l2_factor=1.0,
     ),
 )  # fmt: skip
@@ -119,8 +127,8 @@ class GRUParams:
     Example:
       >>> import jax, gru_jax
       >>> params = gru_jax.init_params(jax.random.key(0), 100, 12)
-      >>> params
-      GRUParams(input_weights=float32(300, 12), recurrent_weights=float32(300, 100), bias=float32(300,))
+      >>> params.recurrent_weights.shape, params.reset_gate_mode
+      ((300, 100), 'after-multiplication')
       >>> params.replace(bias=params.bias + 1.0).bias[0].item()
       1.0
     """

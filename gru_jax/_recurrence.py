@@ -50,7 +50,7 @@ class Ends(NamedTuple):
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def states(loop: Loop, rec: Recurrent, ends: Ends, steps: Steps) -> tuple[jax.Array, jax.Array]:
-    """Returns all h_t, (T, *batch, H), aligned with the inputs, and the last in processing order."""
+    """Returns all h_t, (T, *batch, H), aligned with the inputs, and the last one processed."""
     return _run(loop, rec, ends, steps, lambda h: h)
 
 

@@ -113,6 +113,11 @@ def gru(
         _checks.checkpoint("checkpoint", checkpoint),
         precision,
     )
+    if not isinstance(x.shape[-2], int) and (unroll > 1 or checkpoint not in (None, 1)):
+        raise ValueError(
+            f"unroll = {unroll} and checkpoint = {checkpoint!r} need a fixed number of steps, but "
+            f"the time axis is symbolic ({x.shape[-2]}): pass unroll=1 and checkpoint=None or 1."
+        )
     return _gru(options, params, x, h0, lengths, mask, resets)
 
 
@@ -136,10 +141,9 @@ def _gru(
 
     if lengths is not None:
         mask = lax.broadcasted_iota(lengths.dtype, x.shape[:-1], x.ndim - 2) < lengths[..., None]
-    skip = None if mask is None else ~mask
-    x, skip, reset = _time_first(x), _time_first(skip), _time_first(resets)
-    if skip is not None:
-        x = jnp.where(skip, 0.0, x)
+    skip = None if mask is None else _time_first(~mask[..., None])
+    reset = None if resets is None else _time_first(resets[..., None])
+    x = _time_first(x) if skip is None else jnp.where(skip, 0.0, _time_first(x))
     h0 = _typed(params, h0, x[0], options.precision)
     hs, hidden = _segments(options, params, h0, Inputs(x, skip, reset))
     if hs is None:
@@ -148,11 +152,9 @@ def _gru(
     return jnp.moveaxis(y, 0, -2).astype(result), hidden
 
 
-def _time_first(a: jax.Array | None) -> jax.Array | None:
-    """(*batch, T, C) to (T, *batch, C); flags (*batch, T) to (T, *batch, 1)."""
-    if a is None:
-        return None
-    return jnp.moveaxis(a[..., None] if a.dtype == jnp.bool_ else a, -2, 0)
+def _time_first(a: jax.Array) -> jax.Array:
+    """(*batch, T, C) to (T, *batch, C)."""
+    return jnp.moveaxis(a, -2, 0)
 
 
 def _segments(
@@ -167,7 +169,8 @@ def _segments(
         return jax.checkpoint(run, policy=policy)(h0, inputs)
 
     T = inputs.x.shape[0]
-    n = math.ceil(math.sqrt(T)) if options.checkpoint == "sqrt" else min(options.checkpoint, T)
+    n = math.ceil(math.sqrt(T)) if isinstance(options.checkpoint, str) else options.checkpoint
+    n = min(n, T)
     whole, rest = _cut(inputs, n, options.reverse)
 
     def body(h: jax.Array, piece: Inputs) -> tuple:

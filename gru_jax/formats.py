@@ -193,5 +193,5 @@ def _check_unspecified(shape: tuple, data_format: str) -> None:
         if shape[axis] != 1:
             raise ValueError(
                 f"a U axis must have size 1, got {shape[axis]} in axis {axis} of shape {shape} "
-                f"with data_format {data_format!r}. Name the axis S to make it part of the channels."
+                f"with data_format {data_format!r}. Name the axis S to make it channels."
             )

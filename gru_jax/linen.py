@@ -15,15 +15,22 @@ import jax.numpy as jnp
 
 from gru_jax._initializers import init_leaf
 from gru_jax._layer import (
-    BidirectionalOptions, ProjectedLayerOptions, call_cell, call_layer, input_of, merge,
-    state_pair, stored_state,
-)  # fmt: skip
+    BidirectionalOptions,
+    ProjectedLayerOptions,
+    call_cell,
+    call_layer,
+    input_of,
+    merge,
+    state_pair,
+    stored_state,
+)
 from gru_jax._options import CellOptions, LayerOptions
 from gru_jax._params import LEAVES, Leaf, Sizes
 
 STATE, HIDDEN = "state", "hidden_state"  # collection and variable of a stateful layer
 
 
+# pyrefly: ignore[inconsistent-inheritance]
 class GRULayer(LayerOptions, nn.Module, kw_only=True):
     """A GRU over sequences, for Flax linen.
 
@@ -102,6 +109,7 @@ class GRUProjectedLayer(ProjectedLayerOptions, GRULayer, kw_only=True):
     """
 
 
+# pyrefly: ignore[inconsistent-inheritance]
 class BidirectionalGRULayer(BidirectionalOptions, nn.Module, kw_only=True):
     """Two GRUs over the same sequences, one from each end, for Flax linen.
 
@@ -131,13 +139,12 @@ class BidirectionalGRULayer(BidirectionalOptions, nn.Module, kw_only=True):
         resets: Any = None,
     ) -> Any:
         """Runs both directions and merges them; arguments as in `GRULayer`, `hidden` a pair."""
+        options = {"lengths": lengths, "mask": mask, "resets": resets}
         pair = state_pair(self, hidden)
-        results = [
-            GRULayer(**self.direction(backward=backward), name=name)(
-                x, pair[backward], lengths=lengths, mask=mask, resets=resets
-            )
-            for backward, name in ((False, "forward"), (True, "backward"))
-        ]
+        results = []
+        for backward, name in ((False, "forward"), (True, "backward")):
+            layer = GRULayer(**self.direction(backward=backward), name=name)
+            results.append(layer(x, pair[backward], **options))
         return merge(self, *results)
 
     def known_leaves(self) -> Mapping[str, Any]:

@@ -5,20 +5,17 @@ layer has not is None.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gru_jax._initializers import Given, init_leaf
-from gru_jax._layer import (
-    BidirectionalOptions, ProjectedLayerOptions, call_cell, call_layer, input_of, merge,
-    state_pair, stored_state,
-)  # fmt: skip
+from gru_jax import _layer
+from gru_jax._initializers import Given
 from gru_jax._options import CellOptions, LayerOptions
-from gru_jax._params import LEAF_NAMES, LEAVES
+from gru_jax._params import LEAF_NAMES
 
 
 class HiddenState(nnx.Variable):
@@ -28,34 +25,22 @@ class HiddenState(nnx.Variable):
 nnx.register_variable_name("state", HiddenState)
 
 
+@dataclasses.dataclass(eq=False, repr=False)
 class _Owner(CellOptions):
-    """Makes the learnables, and lets an array be assigned to them."""
+    """Draws the learnables or takes those given, and lets an array be assigned to them."""
 
-    def make_leaves(self, rngs: nnx.Rngs | None) -> None:
-        """Draws the learnables, or takes those given."""
+    _: dataclasses.KW_ONLY
+    name: str = ""
+    rngs: dataclasses.InitVar[nnx.Rngs | None] = None
+
+    def __post_init__(self, rngs: nnx.Rngs | None) -> None:
         self.settle()
-        if self.input_size == "auto":
-            raise ValueError(
-                "input_size is missing: an nnx layer makes its learnables at once, so it must be "
-                "told the number of input channels, or be given input_weights."
-            )
-        sizes = self.sizes(self.input_size)
-        for leaf in LEAVES:
-            initializer = getattr(self, f"{leaf.name}_initializer")
-            if leaf.shape(sizes) is None:
-                setattr(self, leaf.name, nnx.data(None))
-                continue
-            key = None
-            if not isinstance(initializer, Given) and initializer not in ("zeros", "ones"):
-                if rngs is None:
-                    raise ValueError(
-                        f"rngs is missing, to draw {leaf.name}: pass rngs=nnx.Rngs(0)."
-                    )
-                key = rngs.params()
-            value = init_leaf(leaf, initializer, key, sizes, self.param_dtype)
+        for leaf, value in _layer.initial_leaves(self, None if rngs is None else rngs.params):
             metadata = dict(getattr(self, f"{leaf.name}_metadata") or {})
-            setattr(self, leaf.name, nnx.Param(value, **metadata))
-            if isinstance(initializer, Given):  # the array lives in its Param from now on
+            absent = nnx.data(None)
+            setattr(self, leaf.name, absent if value is None else nnx.Param(value, **metadata))
+            if isinstance(getattr(self, f"{leaf.name}_initializer"), Given):
+                # the array lives in its Param from now on
                 object.__setattr__(self, f"{leaf.name}_initializer", leaf.initializer)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -67,14 +52,10 @@ class _Owner(CellOptions):
         else:
             super().__setattr__(name, value)
 
-    def leaves(self) -> dict[str, jax.Array]:
+    def known_leaves(self) -> dict[str, Any]:
         """Returns the learnables that are present, by name."""
         variables = {name: getattr(self, name) for name in LEAF_NAMES}
         return {name: value[...] for name, value in variables.items() if value is not None}
-
-    def known_leaves(self) -> Mapping[str, Any]:
-        """Returns the learnables, by name."""
-        return self.leaves()
 
 
 @dataclasses.dataclass(eq=False, repr=False)
@@ -103,14 +84,10 @@ class GRULayer(_Owner, LayerOptions, nnx.Module):
       (2, 100)
     """
 
-    _: dataclasses.KW_ONLY
-    name: str = ""
-    rngs: dataclasses.InitVar[nnx.Rngs | None] = None
-
     def __post_init__(self, rngs: nnx.Rngs | None) -> None:
-        self.make_leaves(rngs)
+        super().__post_init__(rngs)
         if self.stateful:
-            self.state = HiddenState(stored_state(self))
+            self.state = HiddenState(_layer.stored_state(self))
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
@@ -142,9 +119,11 @@ class GRULayer(_Owner, LayerOptions, nnx.Module):
           TypeError: wrong dtypes, as in `gru_jax.gru`.
           ValueError: wrong shapes or options, as in `gru_jax.gru`.
         """
-        x = input_of(self, x)
+        x = _layer.input_of(self, x)
         stored = self.state[...] if self.stateful else None
-        result, final = call_layer(self, self.leaves(), x, hidden, stored, lengths, mask, resets)
+        result, final = _layer.call_layer(
+            self, self.known_leaves(), x, hidden, stored, lengths, mask, resets
+        )
         if self.stateful:
             self.state.set_value(final)
         return result
@@ -160,11 +139,11 @@ class GRULayer(_Owner, LayerOptions, nnx.Module):
         """
         if not self.stateful:
             raise ValueError("reset_state needs a layer made with stateful=True.")
-        self.state.set_value(stored_state(self, tuple(batch_shape)))
+        self.state.set_value(_layer.stored_state(self, tuple(batch_shape)))
 
 
 @dataclasses.dataclass(eq=False, repr=False)
-class GRUProjectedLayer(ProjectedLayerOptions, GRULayer):
+class GRUProjectedLayer(_layer.ProjectedLayerOptions, GRULayer):
     """A GRU with learnable projectors, for Flax nnx: W' (Q_iᵀ x) and R' (Q_oᵀ h).
 
     It stores 4·H·P_o numbers instead of 3H², and (3H + I)·P_i instead of 3H·I, and keeps the width
@@ -181,10 +160,10 @@ class GRUProjectedLayer(ProjectedLayerOptions, GRULayer):
 
 
 @dataclasses.dataclass(eq=False, repr=False)
-class BidirectionalGRULayer(BidirectionalOptions, nnx.Module):
+class BidirectionalGRULayer(_layer.BidirectionalOptions, nnx.Module):
     """Two GRUs over the same sequences, one from each end, for Flax nnx.
 
-    Sub-modules `forward` and `backward`. `merge` joins the outputs: "concat" (default), "sum",
+    Sub-modules `forward` and `backward`. `_layer.merge` joins the outputs: "concat" (default), "sum",
     "mul" or "ave"; output mode "last" joins the two final states. `hidden` is a pair, in and out.
 
     Args:
@@ -219,14 +198,14 @@ class BidirectionalGRULayer(BidirectionalOptions, nnx.Module):
         resets: Any = None,
     ) -> Any:
         """Runs both directions and merges them; arguments as in `GRULayer`, `hidden` a pair."""
-        pair = state_pair(self, hidden)
         options = {"lengths": lengths, "mask": mask, "resets": resets}
+        pair = _layer.state_pair(self, hidden)
         forward = self.forward(x, pair[0], **options)
-        return merge(self, forward, self.backward(x, pair[1], **options))
+        return _layer.merge(self, forward, self.backward(x, pair[1], **options))
 
-    def known_leaves(self) -> Mapping[str, Any]:
+    def known_leaves(self) -> dict[str, Any]:
         """Returns the learnables by direction and name."""
-        return {"forward": self.forward.leaves(), "backward": self.backward.leaves()}
+        return {"forward": self.forward.known_leaves(), "backward": self.backward.known_leaves()}
 
 
 @dataclasses.dataclass(eq=False, repr=False)
@@ -246,22 +225,15 @@ class GRUCell(_Owner, nnx.RNNCellBase):
       (2, 7, 100)
     """
 
-    _: dataclasses.KW_ONLY
-    name: str = ""
-    rngs: dataclasses.InitVar[nnx.Rngs | None] = None
-
-    def __post_init__(self, rngs: nnx.Rngs | None) -> None:
-        self.make_leaves(rngs)
-
     def __call__(self, carry: Any, inputs: Any) -> tuple[jax.Array, jax.Array]:
         """Takes one step: (*batch, H) and (*batch, I) to the new carry and the output."""
-        return call_cell(self, self.leaves(), carry, inputs)
+        return _layer.call_cell(self, self.known_leaves(), carry, inputs)
 
     def initialize_carry(
         self, input_shape: tuple[int, ...], rngs: Any = None, carry_init: Callable | None = None
     ) -> jax.Array:
         """Returns zeros, or a draw of `carry_init`, of shape (*batch, H) for inputs (*batch, I)."""
-        zeros = stored_state(self, tuple(input_shape[:-1]))
+        zeros = _layer.stored_state(self, tuple(input_shape[:-1]))
         if carry_init is None:
             return zeros
         key = rngs.carry() if isinstance(rngs, nnx.Rngs) else rngs()

@@ -139,6 +139,27 @@ def test_values_and_gradients_in_float32(i):
     assert_close(got, by_the_loop(case), TOLERANCE["float32"])
 
 
+def check_size(B, H, mode, projected=False):
+    """Gradients under jit at one size; XLA's CPU compiler has faults at single small sizes."""
+    row = {"mode": mode, "padding": None, "resets": False, "reverse": False, "batch_axes": 1}
+    row |= {"output_mode": "sequence", "projected": projected, "checkpoint": None}
+    case = make_case(row, B, H, seed=0)
+    assert_close(by_the_library(case, jax.jit), by_the_loop(case), TOLERANCE["float64"])
+
+
+@pytest.mark.parametrize("projected", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+def test_the_size_of_a_known_compiler_fault(mode, projected):
+    check_size(4, 5, mode, projected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("B", range(1, 10))
+def test_every_small_size(B):
+    for H in range(1, 10):
+        check_size(B, H, MODES[(B + H) % 3])
+
+
 def one_sequence(mode, seed, reverse=False):
     """A masked sequence with resets and without batch axes, and the same without its gaps."""
     row = {"mode": mode, "padding": "mask", "resets": True, "reverse": reverse, "batch_axes": 1}

@@ -1,7 +1,7 @@
 """Who is speaking? A GRU names the speaker of real recordings of Japanese vowels.
 
 Nine men say the vowels /ae/; every recording is a sequence of 7 to 29 steps with 12 channels. The
-network is sequence input -> GRU(100, the last output) -> dense(9) -> softmax: 34,809 learnables.
+network is sequence input -> GRU(100, its last output) -> dense(9) -> softmax: 34,809 learnables.
 
 A run trains twice from the same initial values:
 
@@ -13,9 +13,9 @@ A run trains twice from the same initial values:
 Then the stateful layer hears the test recordings one step at a time, as a microphone would deliver
 them, and must come to the same decisions.
 
-The recordings of a speaker differ from each other mostly by a constant offset in every channel.
-Training therefore shifts each recording by a random offset with the covariance of these
-differences, anew in every epoch. It is the only regularisation.
+The recordings of one speaker differ mostly by an offset in every channel. Training therefore
+shifts each recording by a random offset with the covariance of these differences, drawn anew every
+time. There is no other regularisation.
 
     pip install "gru_jax[examples]"
     python examples/japanese_vowels.py                  # Flax linen
@@ -30,21 +30,22 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
-import gru_jax.linen
-import gru_jax.nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from gru_jax import ragged
 from jax import lax
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+import gru_jax.linen
+import gru_jax.nnx
+from gru_jax import ragged
+
 CHANNELS, SPEAKERS = 12, 9
-HELD_OUT = 10  # recordings of each speaker in the validation set
+HELD_OUT = 10  # recordings of each speaker for validation
 BATCH_SIZE = 32
 LEARNING_RATE = 3e-3
 OFFSET_SCALE = 1.4
@@ -61,20 +62,9 @@ class Recordings(NamedTuple):
     sequences: list[np.ndarray]  # each (steps, 12), float32
     labels: np.ndarray  # (recordings,)
 
-    def take(self, rows: np.ndarray) -> "Recordings":
-        """Returns the recordings of these rows, or where a boolean array is True."""
-        rows = np.arange(len(self.labels))[rows]
-        return Recordings([self.sequences[row] for row in rows], self.labels[rows])
-
-    def deviations(self) -> np.ndarray:
-        """Returns the mean of each recording, less the mean of its speaker: (recordings, 12)."""
-        means = np.stack([sequence.mean(axis=0) for sequence in self.sequences])
-        speakers = {label: means[self.labels == label].mean(axis=0) for label in set(self.labels)}
-        return means - np.stack([speakers[label] for label in self.labels])
-
 
 class Padded(NamedTuple):
-    """Recordings in one array, with their true lengths."""
+    """Recordings in one array, 0 after the end of each."""
 
     x: jax.Array  # (recordings, steps, 12)
     lengths: jax.Array  # (recordings,)
@@ -93,38 +83,37 @@ def load() -> tuple[Recordings, Recordings]:
     return read("train"), read("test")
 
 
-def held_out(labels: np.ndarray) -> np.ndarray:
-    """Returns a boolean array that is True at the last ten recordings of each speaker."""
+def hold_out(recordings: Recordings) -> tuple[Recordings, Recordings]:
+    """Splits the last ten recordings of each speaker off."""
+    sequences, labels = recordings
     held = np.zeros(len(labels), bool)
-    for label in set(labels):
-        held[np.flatnonzero(labels == label)[-HELD_OUT:]] = True
-    return held
+    for speaker in range(SPEAKERS):
+        held[np.flatnonzero(labels == speaker)[-HELD_OUT:]] = True
+    rows = np.flatnonzero(~held), np.flatnonzero(held)
+    kept, out = (Recordings([sequences[row] for row in part], labels[part]) for part in rows)
+    return kept, out
 
 
-def standardise(*sets: Recordings) -> list[Recordings]:
-    """Scales all sets to mean 0 and deviation 1 in every channel of the first, the training set."""
-    steps = np.concatenate(sets[0].sequences)
+def prepare(training: Recordings, other: Recordings) -> tuple[Padded, Padded]:
+    """Scales both to mean 0 and deviation 1 in every channel of the training set, and pads them."""
+    steps = np.concatenate(training.sequences)
     mean, deviation = steps.mean(axis=0), steps.std(axis=0)
-    return [
-        Recordings([(sequence - mean) / deviation for sequence in part.sequences], part.labels)
-        for part in sets
-    ]
+
+    def scale_and_pad(part: Recordings) -> Padded:
+        x, lengths = ragged.pad([(sequence - mean) / deviation for sequence in part.sequences])
+        return Padded(jnp.asarray(x), jnp.asarray(lengths), jnp.asarray(part.labels))
+
+    return scale_and_pad(training), scale_and_pad(other)
 
 
-def pad(recordings: Recordings) -> Padded:
-    """Pads the recordings to the longest of them."""
-    x, lengths = ragged.pad(recordings.sequences)
-    return Padded(jnp.asarray(x), jnp.asarray(lengths), jnp.asarray(recordings.labels))
-
-
-# The network, once for each of the two Flax APIs
+# The network, in either of the two Flax APIs
 
 
 class Network(NamedTuple):
-    """A network as two functions of its learnables."""
+    """A network as two functions of its learnables, which return the logits of the speakers."""
 
-    predict: Callable[[Params, jax.Array, jax.Array], jax.Array]  # (params, x, lengths) -> logits
-    stream: Callable[[Params, np.ndarray], jax.Array]  # (params, one sequence) -> logits
+    predict: Callable[[Params, jax.Array, jax.Array], jax.Array]  # (params, x, lengths)
+    stream: Callable[[Params, jax.Array], jax.Array]  # (params, one recording), step by step
 
 
 class LinenNetwork(nn.Module):
@@ -135,7 +124,7 @@ class LinenNetwork(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
-        """Returns the logits of the nine speakers: (*batch, steps, 12) to (*batch, 9)."""
+        """Maps (*batch, steps, 12) to logits (*batch, 9)."""
         gru = gru_jax.linen.GRULayer(
             self.num_hidden_units, output_mode="last", stateful=self.stateful, name="gru"
         )
@@ -156,25 +145,25 @@ class NnxNetwork(nnx.Module):
         self.dense = nnx.Linear(num_hidden_units, SPEAKERS, rngs=rngs)
 
     def __call__(self, x: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
-        """Returns the logits of the nine speakers: (*batch, steps, 12) to (*batch, 9)."""
+        """Maps (*batch, steps, 12) to logits (*batch, 9)."""
         return self.dense(self.gru(x, lengths=lengths))
 
 
 def linen_network(num_hidden_units: int) -> Network:
-    """Returns the network in Flax linen, where the caller holds learnables and state."""
+    """In linen, learnables and state are arguments and results of `apply`."""
     model = LinenNetwork(num_hidden_units)
     online = LinenNetwork(num_hidden_units, stateful=True)
 
-    def predict(params: Params, x: jax.Array, lengths: jax.Array) -> jax.Array:
+    def predict(params: Params, x: jax.Array, lengths: jax.Array) -> Any:
         return model.apply({"params": params}, x, lengths)
 
     @jax.jit
-    def step(params: Params, state: dict[str, Any], x: jax.Array) -> tuple[jax.Array, Any]:
+    def step(params: Params, state: dict[str, Any], x: jax.Array) -> Any:
         return online.apply({"params": params, **state}, x[None], mutable=["state"])
 
-    def stream(params: Params, sequence: np.ndarray) -> jax.Array:
-        logits, state = None, {}  # without a state the layer starts from zeros
-        for x in sequence:
+    def stream(params: Params, recording: jax.Array) -> Any:
+        logits, state = None, {}  # no state yet: the layer starts from zeros
+        for x in recording:
             logits, state = step(params, state, x)
         return logits
 
@@ -182,22 +171,22 @@ def linen_network(num_hidden_units: int) -> Network:
 
 
 def nnx_network(num_hidden_units: int) -> Network:
-    """Returns the network in Flax nnx, where the layers hold learnables and state."""
+    """In nnx, the layers hold learnables and state; `merge` and `update` put learnables in."""
     graph = nnx.graphdef(NnxNetwork(num_hidden_units, rngs=nnx.Rngs(0)))
     online = NnxNetwork(num_hidden_units, stateful=True, rngs=nnx.Rngs(0))
 
-    def predict(params: Params, x: jax.Array, lengths: jax.Array) -> jax.Array:
+    def predict(params: Params, x: jax.Array, lengths: jax.Array) -> Any:
         return nnx.merge(graph, params)(x, lengths)
 
     @nnx.jit
     def step(online: NnxNetwork, x: jax.Array) -> jax.Array:
         return online(x[None])
 
-    def stream(params: Params, sequence: np.ndarray) -> jax.Array:
+    def stream(params: Params, recording: jax.Array) -> Any:
         nnx.update(online, params)
         online.gru.reset_state()
         logits = None
-        for x in sequence:
+        for x in recording:
             logits = step(online, x)
         return logits
 
@@ -208,7 +197,7 @@ NETWORKS = {"linen": linen_network, "nnx": nnx_network}
 
 
 def init(key: jax.Array, num_hidden_units: int) -> Params:
-    """Draws the initial values, which are the same for both APIs."""
+    """Draws the initial values, the same for both APIs."""
     gru_key, dense_key = jax.random.split(key)
     kernel = jax.nn.initializers.glorot_uniform()(dense_key, (num_hidden_units, SPEAKERS))
     return {
@@ -223,12 +212,12 @@ def init(key: jax.Array, num_hidden_units: int) -> Params:
 class Score(NamedTuple):
     """How well a network does on a set of recordings."""
 
-    loss: float
-    accuracy: float
+    loss: Any  # mean cross entropy
+    accuracy: Any
 
 
 def score(logits: jax.Array, labels: jax.Array) -> Score:
-    """Returns mean cross entropy and accuracy."""
+    """Compares logits with the true labels."""
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
     return Score(loss, jnp.mean(logits.argmax(axis=-1) == labels))
 
@@ -240,21 +229,29 @@ def evaluate(network: Network, params: Params, data: Padded) -> tuple[Score, jax
     return score(logits, data.labels), logits
 
 
+def count_batches(data: Padded) -> int:
+    """Returns the number of whole batches in an epoch."""
+    return max(len(data.labels) // BATCH_SIZE, 1)
+
+
 def make_optimizer(steps: int) -> optax.GradientTransformation:
     """Adam with clipped gradients; its learning rate falls along half a cosine."""
     schedule = optax.cosine_decay_schedule(LEARNING_RATE, steps)
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
 
 
+def deviations(data: Padded) -> jax.Array:
+    """Returns the mean of each recording less the mean of its speaker: (recordings, 12)."""
+    means = data.x.sum(axis=1) / data.lengths[:, None]
+    member = jax.nn.one_hot(data.labels, SPEAKERS)
+    speakers = member.T @ means / member.sum(axis=0).clip(1)[:, None]
+    return means - member @ speakers
+
+
 def random_offsets(key: jax.Array, deviations: jax.Array, count: int) -> jax.Array:
-    """Draws offsets (count, 1, 12) with the covariance of the deviations, scaled."""
+    """Draws offsets (count, 1, 12) with the covariance of the deviations, times 1.4²."""
     weights = jax.random.normal(key, (count, len(deviations))) / len(deviations) ** 0.5
     return OFFSET_SCALE * (weights @ deviations)[:, None]
-
-
-def batches_per_epoch(recordings: int) -> int:
-    """Returns the number of whole batches."""
-    return max(recordings // BATCH_SIZE, 1)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -264,21 +261,20 @@ def train_epoch(
     params: Params,
     optimizer_state: optax.OptState,
     data: Padded,
-    deviations: jax.Array,
     key: jax.Array,
 ) -> tuple[Params, optax.OptState, Score]:
-    """Takes one step for each batch, in random order; `steps` are those of the whole training."""
-    optimizer = make_optimizer(steps)
+    """Takes one step for each batch, in random order; `steps` are those of all epochs."""
+    optimizer, differences = make_optimizer(steps), deviations(data)
     order_key, offset_key = jax.random.split(key)
-    batches = batches_per_epoch(len(data.labels))
+    batches = count_batches(data)
     order = jax.random.permutation(order_key, len(data.labels))[: batches * BATCH_SIZE]
 
     def step(carry: tuple, rows_and_key: tuple) -> tuple[tuple, Score]:
         params, optimizer_state = carry
         rows, key = rows_and_key
-        x = data.x[rows] + random_offsets(key, deviations, len(rows))
+        x = data.x[rows] + random_offsets(key, differences, len(rows))
 
-        def loss(params: Params) -> tuple[jax.Array, Score]:
+        def loss(params: Params) -> tuple[Any, Score]:
             result = score(network.predict(params, x, data.lengths[rows]), data.labels[rows])
             return result.loss, result
 
@@ -294,18 +290,17 @@ def train_epoch(
 def train(
     network: Network,
     params: Params,
-    recordings: Recordings,
+    data: Padded,
     key: jax.Array,
     epochs: int,
     after_epoch: Callable[[Params, Score], None],
 ) -> Params:
-    """Trains on standardised recordings, and calls `after_epoch` with each epoch's score."""
-    data, deviations = pad(recordings), jnp.asarray(recordings.deviations())
-    steps = epochs * batches_per_epoch(len(data.labels))
+    """Trains from `params` on, and calls `after_epoch` with each epoch's learnables and score."""
+    steps = epochs * count_batches(data)
     optimizer_state = make_optimizer(steps).init(params)
     for epoch_key in jax.random.split(key, epochs):
         params, optimizer_state, result = train_epoch(
-            network, steps, params, optimizer_state, data, deviations, epoch_key
+            network, steps, params, optimizer_state, data, epoch_key
         )
         after_epoch(params, result)
     return params
@@ -318,65 +313,58 @@ class Run(NamedTuple):
     """What came out of one run."""
 
     params: Params
-    curves: dict[str, list[Score]]  # "training" and "validation", one score for each epoch
+    curves: dict[str, list[Score]]  # "training" and "validation": one score for each epoch
     test: Score
-    logits: np.ndarray  # of the test recordings, (370, 9)
+    logits: np.ndarray  # of the test set, (370, 9)
     seconds: float
 
 
 def run(
     network: Network,
-    sets: tuple[Recordings, Recordings],
-    num_hidden_units: int,
+    initial: Params,
+    key: jax.Array,
     epochs: int,
-    seed: int,
+    with_validation: tuple[Padded, Padded],
+    with_test: tuple[Padded, Padded],
     progress: Progress,
 ) -> Run:
-    """Trains with a validation set, then on the whole training set, and tests."""
+    """Trains with a validation set, then from the same start on all, and tests."""
     start = time.perf_counter()
-    init_key, train_key = jax.random.split(jax.random.key(seed))
-    initial = init(init_key, num_hidden_units)
-    training, test = sets
     curves: dict[str, list[Score]] = {"training": [], "validation": []}
-
-    held = held_out(training.labels)
-    part, validation = standardise(training.take(~held), training.take(held))
-    validation = pad(validation)
-    task = progress.add_task(f"seed {seed}: with validation", total=epochs, note="")
+    task = progress.add_task("two thirds of the training set", total=epochs, note="")
 
     def record(params: Params, result: Score) -> None:
-        checked, _ = evaluate(network, params, validation)
+        checked, _ = evaluate(network, params, with_validation[1])
         curves["training"].append(Score(*map(float, result)))
         curves["validation"].append(Score(*map(float, checked)))
         progress.update(task, advance=1, note=f"validation accuracy {checked.accuracy:.3f}")
 
-    train(network, initial, part, train_key, epochs, record)
+    train(network, initial, with_validation[0], key, epochs, record)
+    task = progress.add_task("the whole training set", total=epochs, note="")
 
-    whole, test = standardise(training, test)
-    final_task = progress.add_task(f"seed {seed}: whole training set", total=epochs, note="")
-    params = train(
-        network, initial, whole, train_key, epochs,
-        lambda _, result: progress.update(final_task, advance=1, note=f"loss {result.loss:.3f}"),
-    )  # fmt: skip
-    result, logits = evaluate(network, params, pad(test))
-    progress.update(final_task, note=f"test accuracy {result.accuracy:.3f}")
-    seconds = time.perf_counter() - start
-    return Run(params, curves, Score(*map(float, result)), np.asarray(logits), seconds)
+    def show(_: Params, result: Score) -> None:
+        progress.update(task, advance=1, note=f"training accuracy {result.accuracy:.3f}")
+
+    params = train(network, initial, with_test[0], key, epochs, show)
+    test, logits = evaluate(network, params, with_test[1])
+    test = Score(*map(float, test))
+    return Run(params, curves, test, np.asarray(logits), time.perf_counter() - start)
 
 
-def stream(network: Network, params: Params, recordings: Recordings) -> np.ndarray:
+def stream(network: Network, params: Params, data: Padded) -> np.ndarray:
     """Returns the logits at the end of each recording, heard one step at a time."""
-    return np.stack([network.stream(params, sequence) for sequence in recordings.sequences])
+    recordings = [x[:length] for x, length in zip(data.x, data.lengths, strict=True)]
+    return np.stack([network.stream(params, recording) for recording in recordings])
 
 
-def confusion(labels: np.ndarray, predicted: np.ndarray) -> np.ndarray:
+def confusion_matrix(labels: np.ndarray, predicted: np.ndarray) -> np.ndarray:
     """Counts recordings by true speaker (rows) and predicted speaker (columns)."""
     counts = np.zeros((SPEAKERS, SPEAKERS), int)
     np.add.at(counts, (labels, predicted), 1)
     return counts
 
 
-def plot(result: Run, labels: np.ndarray, path: str) -> None:
+def plot(result: Run, counts: np.ndarray, path: str) -> None:
     """Draws the curves of loss and accuracy, and the confusion matrix of the test set."""
     figure = Figure(figsize=(13, 4.2), layout="constrained")
     loss_axes, accuracy_axes, matrix_axes = figure.subplots(1, 3)
@@ -386,27 +374,26 @@ def plot(result: Run, labels: np.ndarray, path: str) -> None:
         accuracy_axes.plot(epochs, [item.accuracy for item in scores], color=color, label=name)
     accuracy_axes.axhline(result.test.accuracy, color="#228833", linestyle="--", label="test")
     loss_axes.set(title="Cross entropy", xlabel="epoch")
-    accuracy_axes.set(title="Accuracy", xlabel="epoch", ylim=(None, 1.005))
+    accuracy_axes.set(title="Accuracy", xlabel="epoch", ylim=(None, 1.01))
     for axes in (loss_axes, accuracy_axes):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
         axes.legend(frameon=False)
 
-    counts = confusion(labels, result.logits.argmax(axis=-1))
-    matrix_axes.imshow(counts / counts.sum(axis=1, keepdims=True).clip(1), cmap="Blues", vmax=1.1)
+    fractions = counts / counts.sum(axis=1, keepdims=True).clip(1)
+    matrix_axes.imshow(fractions, cmap="Blues", vmin=0, vmax=1.1)
     for (row, column), count in np.ndenumerate(counts):
-        color = "white" if row == column else "#aa3322"
         if count:
+            color = "white" if fractions[row, column] > 0.5 else "#aa3322"
             matrix_axes.text(column, row, count, ha="center", va="center", color=color, size=9)
-    names = range(1, SPEAKERS + 1)
     matrix_axes.set(
         title=f"Test set: {np.trace(counts)} of {counts.sum()} correct",
         xlabel="predicted speaker",
         ylabel="true speaker",
         xticks=range(SPEAKERS),
         yticks=range(SPEAKERS),
-        xticklabels=names,
-        yticklabels=names,
+        xticklabels=range(1, SPEAKERS + 1),
+        yticklabels=range(1, SPEAKERS + 1),
     )
     matrix_axes.tick_params(length=0)
     figure.savefig(path, dpi=150)
@@ -431,51 +418,47 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     first, _, last = (options.seeds or str(options.seed)).partition("-")
     seeds = range(int(first), int(last or first) + 1)
     epochs = 2 if options.quick else options.epochs
-    training, test = load()
+    training, test = (Recordings(*part) for part in load())
+    with_validation, with_test = prepare(*hold_out(training)), prepare(training, test)
     network = NETWORKS[options.face](options.hidden)
-    learnables = gru_jax.num_learnables(init(jax.random.key(0), options.hidden))
 
-    console = Console()
+    console, runs = Console(), []
     console.print(f"{len(training.labels)} training and {len(test.labels)} test recordings")
-    console.print(f"network of Flax {options.face}: {learnables:,} learnables")
-    columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
-    with Progress(*columns, TextColumn("{task.fields[note]}"), console=console) as progress:
-        runs = [
-            run(network, (training, test), options.hidden, epochs, seed, progress)
-            for seed in seeds
-        ]
-    validation = [item.curves["validation"][-1].accuracy for item in runs]
-    tested = [item.test.accuracy for item in runs]
-    for seed, item in zip(seeds, runs, strict=True):
+    columns = BarColumn(), TextColumn("{task.description}: {task.fields[note]}")
+    for seed in seeds:
+        init_key, train_key = jax.random.split(jax.random.key(seed))
+        initial = init(init_key, options.hidden)
+        if seed == seeds[0]:
+            learnables = gru_jax.num_learnables(initial)
+            console.print(f"Flax {options.face} network with {learnables:,} learnables")
+        with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
+            result = run(
+                network, initial, train_key, epochs, with_validation, with_test, progress
+            )
+        runs.append(result)
         console.print(
-            f"seed {seed}: validation accuracy {item.curves['validation'][-1].accuracy:.4f}, "
-            f"test accuracy {item.test.accuracy:.4f}, {item.seconds:.1f} s"
+            f"seed {seed}: validation accuracy {result.curves['validation'][-1].accuracy:.4f}, "
+            f"test accuracy {result.test.accuracy:.4f} ({result.seconds:.1f} s)"
         )
+    validated = [result.curves["validation"][-1].accuracy for result in runs]
+    tested = [result.test.accuracy for result in runs]
     if len(runs) > 1:
         console.print(
-            f"mean: validation accuracy {np.mean(validation):.4f}, "
+            f"mean of {len(runs)} seeds: validation accuracy {np.mean(validated):.4f}, "
             f"test accuracy {np.mean(tested):.4f}"
         )
 
-    streamed = stream(network, runs[0].params, standardise(training, test)[1])
-    alike = int(np.sum(streamed.argmax(axis=-1) == runs[0].logits.argmax(axis=-1)))
-    difference = float(np.abs(streamed - runs[0].logits).max())
+    one = runs[0]
+    streamed, predicted = stream(network, one.params, with_test[1]), one.logits.argmax(axis=-1)
+    alike = np.mean(streamed.argmax(axis=-1) == predicted)
     console.print(
-        f"one step at a time: {alike} of {len(test.labels)} predictions the same, "
-        f"logits within {difference:.1e}"
+        f"one step at a time: {alike:.2%} of the predictions are the same, "
+        f"logits within {np.abs(streamed - one.logits).max():.0e}"
     )
-    plot(runs[0], test.labels, options.output)
+    counts = confusion_matrix(test.labels, predicted)
+    plot(one, counts, options.output)
     console.print(f"figure: {options.output}")
-    return {
-        "learnables": learnables,
-        "validation_accuracy": validation,
-        "test_accuracy": tested,
-        "mean_test_accuracy": float(np.mean(tested)),
-        "stream_agreement": alike / len(test.labels),
-        "stream_difference": difference,
-        "seconds": [item.seconds for item in runs],
-        "confusion": confusion(test.labels, runs[0].logits.argmax(axis=-1)),
-    }
+    return {}
 
 
 if __name__ == "__main__":

@@ -9,9 +9,20 @@ from importlib.metadata import version as _version
 from gru_jax import formats as formats
 from gru_jax._cell import gru_cell as gru_cell
 from gru_jax._initializers import init_params as init_params
+from gru_jax._options import CellOptions as CellOptions
+from gru_jax._options import LayerOptions as LayerOptions
 from gru_jax._params import GRUParams as GRUParams
 from gru_jax._params import num_learnables as num_learnables
 from gru_jax._sequence import gru as gru
 
 __version__ = _version("gru_jax")
-__all__ = ["GRUParams", "formats", "gru", "gru_cell", "init_params", "num_learnables"]
+__all__ = [
+    "CellOptions",
+    "GRUParams",
+    "LayerOptions",
+    "formats",
+    "gru",
+    "gru_cell",
+    "init_params",
+    "num_learnables",
+]

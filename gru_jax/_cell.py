@@ -5,6 +5,7 @@ Rows are in the order reset, update, candidate. Everything broadcasts over leadi
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -78,8 +79,13 @@ def gru_cell(params: GRUParams, h: jax.Array, x: jax.Array, *, precision: Any = 
     sizes = _arguments.sizes_of(params)
     x = _arguments.check_x(x, sizes, ndim=1)
     h = _arguments.check_state("h", h, x.shape[:-1], sizes.num_hidden_units)
+    return _gru_cell(precision, params, h, x)
+
+
+@partial(jax.jit, static_argnums=0)
+def _gru_cell(precision: Any, params: GRUParams, h: jax.Array, x: jax.Array) -> jax.Array:
     _, dtype = _arguments.result_dtypes(x, h, *params.arrays().values())
-    params, wide_h, x = jax.tree.map(lambda a: jnp.asarray(a, dtype), (params, h, x))
+    params, wide_h, x = jax.tree.map(lambda a: a.astype(dtype), (params, h, x))
     parts = input_parts(params, x, precision)
     return step(equations(params, precision), recurrent(params), wide_h, parts).astype(h.dtype)
 

@@ -161,9 +161,10 @@ def state_to_core(hidden: jax.Array, data_format: str) -> jax.Array:
       >>> state_to_core(jnp.ones((100, 32)), "CBT").shape
       (32, 100)
     """
-    if data_format == "BTC":
+    letters = output_format(data_format, "last")
+    if data_format == "BTC" or hidden.ndim != len(letters):  # (H,) for all, or a wrong shape
         return hidden
-    return jnp.moveaxis(hidden, output_format(data_format, "last").index("C"), -1)
+    return jnp.moveaxis(hidden, letters.index("C"), -1)
 
 
 def channel_axis(data_format: str, output_mode: str = "sequence") -> int:

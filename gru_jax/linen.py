@@ -1,6 +1,6 @@
 """GRU layers for Flax linen: they own the arrays and call the functional core.
 
-The collection "params" holds the learnables under the names of the fields of `GRUParams`. A layer
+Collection "params" holds the learnables under the names of the fields of `GRUParams`. A layer
 computes with the leaves it finds there, projectors or none, so a model is projected by changing
 its parameters alone.
 """
@@ -34,11 +34,12 @@ STATE, HIDDEN = "state", "hidden_state"  # collection and variable of a stateful
 class GRULayer(LayerOptions, nn.Module, kw_only=True):
     """A GRU over sequences, for Flax linen.
 
-    Every option is described at `gru_jax.linen.GRULayer.__init__`'s fields in `LayerOptions` and
-    `CellOptions`; the equations at `gru_jax.gru_cell`, the sequence semantics at `gru_jax.gru`.
-    The input size comes from the first input. A call changes nothing unless `stateful` is True:
-    then the state is kept in the collection "state", which `apply(..., mutable=["state"])` returns
-    and `gru_jax.linen.reset_state` clears; `init` does not make it.
+    Options, all keywords but the first: those of `gru_jax.LayerOptions` and `gru_jax.CellOptions`,
+    where each is described, and linen's `name`. The equations stand at `gru_jax.gru_cell`, the
+    meaning of lengths, masks and resets at `gru_jax.gru`. The input size comes from the first
+    input. A call changes nothing unless `stateful` is True: then the state is kept in the
+    collection "state", which `apply(..., mutable=["state"])` returns and
+    `gru_jax.linen.reset_state` clears; `init` does not make it.
 
     Example:
       >>> import jax, jax.numpy as jnp

@@ -62,8 +62,11 @@ class _Owner(CellOptions):
 class GRULayer(_Owner, LayerOptions, nnx.Module):
     """A GRU over sequences, for Flax nnx.
 
-    Every option is described in `LayerOptions` and `CellOptions`; the equations at
-    `gru_jax.gru_cell`, the sequence semantics at `gru_jax.gru`. A call changes nothing unless
+    Options, all keywords but the first: those of `gru_jax.LayerOptions` and `gru_jax.CellOptions`,
+    where each is described, and the two below. The equations stand at `gru_jax.gru_cell`, the
+    meaning of lengths, masks and resets at `gru_jax.gru`.
+
+    A call changes nothing unless
     `stateful` is True: then the state is kept in the variable `state`, a `HiddenState`.
     Transformations of nnx carry its changes on; plain `jax.jit` drops them without a word: there,
     use `has_state_inputs` and `has_state_outputs`.
@@ -163,7 +166,7 @@ class GRUProjectedLayer(_layer.ProjectedLayerOptions, GRULayer):
 class BidirectionalGRULayer(_layer.BidirectionalOptions, nnx.Module):
     """Two GRUs over the same sequences, one from each end, for Flax nnx.
 
-    Sub-modules `forward` and `backward`. `_layer.merge` joins the outputs: "concat" (default), "sum",
+    Sub-modules `forward` and `backward`. `merge` joins the outputs: "concat" (default), "sum",
     "mul" or "ave"; output mode "last" joins the two final states. `hidden` is a pair, in and out.
 
     Args:
@@ -197,7 +200,7 @@ class BidirectionalGRULayer(_layer.BidirectionalOptions, nnx.Module):
         mask: Any = None,
         resets: Any = None,
     ) -> Any:
-        """Runs both directions and merges them; arguments as in `GRULayer`, `hidden` a pair."""
+        """Runs both directions and merges them; arguments of `GRULayer`, `hidden` a pair."""
         options = {"lengths": lengths, "mask": mask, "resets": resets}
         pair = _layer.state_pair(self, hidden)
         forward = self.forward(x, pair[0], **options)
@@ -232,7 +235,7 @@ class GRUCell(_Owner, nnx.RNNCellBase):
     def initialize_carry(
         self, input_shape: tuple[int, ...], rngs: Any = None, carry_init: Callable | None = None
     ) -> jax.Array:
-        """Returns zeros, or a draw of `carry_init`, of shape (*batch, H) for inputs (*batch, I)."""
+        """Returns zeros, or a draw of `carry_init`, (*batch, H) for inputs of shape (*batch, I)."""
         zeros = _layer.stored_state(self, tuple(input_shape[:-1]))
         if carry_init is None:
             return zeros

@@ -1,4 +1,4 @@
-"""One battery over the functional core, linen and nnx: three layers, three modes, every property."""
+"""One battery over core, linen and nnx: three layers, three modes, every property."""
 
 import dataclasses
 

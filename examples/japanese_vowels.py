@@ -5,17 +5,16 @@ network is sequence input -> GRU(100, its last output) -> dense(9) -> softmax: 3
 
 A run trains twice from the same initial values:
 
-1. on two thirds of the training set, to see the accuracy on the held-out third, which holds the
-   last ten recordings of each speaker: neighbouring recordings are alike, so a random third would
-   be too easy;
+1. on two thirds of the training set, to see the accuracy on the last third of each speaker's
+   recordings: neighbouring recordings are alike, so a random third would be too easy;
 2. on the whole training set, for the test set, which is used once, at the end.
 
 Then the stateful layer hears the test recordings one step at a time, as a microphone would deliver
 them, and must come to the same decisions.
 
-The recordings of one speaker differ mostly by an offset in every channel. Training therefore
-shifts each recording by a random offset with the covariance of these differences, drawn anew every
-time. There is no other regularisation.
+Recordings of one speaker differ in the means of their channels. Training therefore shifts each
+recording by a random offset with the covariance of these differences, drawn anew every time. There
+is no other regularisation.
 
     pip install "gru_jax[examples]"
     python examples/japanese_vowels.py                  # Flax linen
@@ -38,14 +37,13 @@ from flax import nnx
 from jax import lax
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TimeElapsedColumn
 
 import gru_jax.linen
 import gru_jax.nnx
 from gru_jax import ragged
 
 CHANNELS, SPEAKERS = 12, 9
-HELD_OUT = 10  # recordings of each speaker for validation
 BATCH_SIZE = 32
 LEARNING_RATE = 3e-3
 OFFSET_SCALE = 1.4
@@ -84,13 +82,14 @@ def load() -> tuple[Recordings, Recordings]:
 
 
 def hold_out(recordings: Recordings) -> tuple[Recordings, Recordings]:
-    """Splits the last ten recordings of each speaker off."""
+    """Splits off the last third of each speaker's recordings, for validation."""
     sequences, labels = recordings
     held = np.zeros(len(labels), bool)
     for speaker in range(SPEAKERS):
-        held[np.flatnonzero(labels == speaker)[-HELD_OUT:]] = True
-    rows = np.flatnonzero(~held), np.flatnonzero(held)
-    kept, out = (Recordings([sequences[row] for row in part], labels[part]) for part in rows)
+        rows = np.flatnonzero(labels == speaker)
+        held[rows[len(rows) - len(rows) // 3 :]] = True
+    parts = np.flatnonzero(~held), np.flatnonzero(held)
+    kept, out = (Recordings([sequences[row] for row in part], labels[part]) for part in parts)
     return kept, out
 
 
@@ -113,7 +112,7 @@ class Network(NamedTuple):
     """A network as two functions of its learnables, which return the logits of the speakers."""
 
     predict: Callable[[Params, jax.Array, jax.Array], jax.Array]  # (params, x, lengths)
-    stream: Callable[[Params, jax.Array], jax.Array]  # (params, one recording), step by step
+    stream: Callable[[Params, np.ndarray], jax.Array]  # (params, one recording), step by step
 
 
 class LinenNetwork(nn.Module):
@@ -161,7 +160,7 @@ def linen_network(num_hidden_units: int) -> Network:
     def step(params: Params, state: dict[str, Any], x: jax.Array) -> Any:
         return online.apply({"params": params, **state}, x[None], mutable=["state"])
 
-    def stream(params: Params, recording: jax.Array) -> Any:
+    def stream(params: Params, recording: np.ndarray) -> Any:
         logits, state = None, {}  # no state yet: the layer starts from zeros
         for x in recording:
             logits, state = step(params, state, x)
@@ -182,7 +181,7 @@ def nnx_network(num_hidden_units: int) -> Network:
     def step(online: NnxNetwork, x: jax.Array) -> jax.Array:
         return online(x[None])
 
-    def stream(params: Params, recording: jax.Array) -> Any:
+    def stream(params: Params, recording: np.ndarray) -> Any:
         nnx.update(online, params)
         online.gru.reset_state()
         logits = None
@@ -306,7 +305,7 @@ def train(
     return params
 
 
-# One run
+# The two trainings, the stream and the figure
 
 
 class Run(NamedTuple):
@@ -321,40 +320,42 @@ class Run(NamedTuple):
 
 def run(
     network: Network,
-    initial: Params,
-    key: jax.Array,
+    num_hidden_units: int,
+    seed: int,
     epochs: int,
     with_validation: tuple[Padded, Padded],
     with_test: tuple[Padded, Padded],
     progress: Progress,
 ) -> Run:
-    """Trains with a validation set, then from the same start on all, and tests."""
+    """Trains with a validation set, then from the same start on the whole set, and tests."""
     start = time.perf_counter()
+    init_key, train_key = jax.random.split(jax.random.key(seed))
+    initial = init(init_key, num_hidden_units)
     curves: dict[str, list[Score]] = {"training": [], "validation": []}
-    task = progress.add_task("two thirds of the training set", total=epochs, note="")
+    part_task = progress.add_task(f"seed {seed}, two thirds", total=epochs, note="")
 
     def record(params: Params, result: Score) -> None:
         checked, _ = evaluate(network, params, with_validation[1])
         curves["training"].append(Score(*map(float, result)))
         curves["validation"].append(Score(*map(float, checked)))
-        progress.update(task, advance=1, note=f"validation accuracy {checked.accuracy:.3f}")
+        progress.update(part_task, advance=1, note=f"validation accuracy {checked.accuracy:.4f}")
 
-    train(network, initial, with_validation[0], key, epochs, record)
-    task = progress.add_task("the whole training set", total=epochs, note="")
-
-    def show(_: Params, result: Score) -> None:
-        progress.update(task, advance=1, note=f"training accuracy {result.accuracy:.3f}")
-
-    params = train(network, initial, with_test[0], key, epochs, show)
+    train(network, initial, with_validation[0], train_key, epochs, record)
+    whole_task = progress.add_task(f"seed {seed}, all", total=epochs, note="")
+    params = train(
+        network, initial, with_test[0], train_key, epochs,
+        lambda *_: progress.update(whole_task, advance=1),
+    )  # fmt: skip
     test, logits = evaluate(network, params, with_test[1])
-    test = Score(*map(float, test))
-    return Run(params, curves, test, np.asarray(logits), time.perf_counter() - start)
+    progress.update(whole_task, note=f"test accuracy {test.accuracy:.4f}")
+    seconds = time.perf_counter() - start
+    return Run(params, curves, Score(*map(float, test)), np.asarray(logits), seconds)
 
 
 def stream(network: Network, params: Params, data: Padded) -> np.ndarray:
     """Returns the logits at the end of each recording, heard one step at a time."""
-    recordings = [x[:length] for x, length in zip(data.x, data.lengths, strict=True)]
-    return np.stack([network.stream(params, recording) for recording in recordings])
+    pairs = zip(np.asarray(data.x), np.asarray(data.lengths), strict=True)
+    return np.stack([network.stream(params, x[:length]) for x, length in pairs])
 
 
 def confusion_matrix(labels: np.ndarray, predicted: np.ndarray) -> np.ndarray:
@@ -399,66 +400,69 @@ def plot(result: Run, counts: np.ndarray, path: str) -> None:
     figure.savefig(path, dpi=150)
 
 
+def summarise(network: Network, runs: list[Run], test: Padded) -> dict[str, Any]:
+    """Returns the mean accuracies, and how the first run's stream compares with its batch."""
+    first = runs[0]
+    predicted = first.logits.argmax(axis=-1)
+    streamed = stream(network, first.params, test)
+    return {
+        "learnables": gru_jax.num_learnables(first.params),
+        "validation_accuracy": float(np.mean([r.curves["validation"][-1].accuracy for r in runs])),
+        "test_accuracy": float(np.mean([r.test.accuracy for r in runs])),
+        "test_accuracies": [r.test.accuracy for r in runs],
+        "seconds": [r.seconds for r in runs],
+        "stream_agreement": float(np.mean(streamed.argmax(axis=-1) == predicted)),
+        "stream_difference": float(np.abs(streamed - first.logits).max()),
+        "confusion_matrix": confusion_matrix(np.asarray(test.labels), predicted),
+    }
+
+
+def seed_range(text: str) -> range:
+    """Reads "3" or "0-4"."""
+    first, _, last = text.partition("-")
+    return range(int(first), int(last or first) + 1)
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description="Train a GRU on the Japanese Vowels recordings.")
     parser.add_argument("--face", choices=NETWORKS, default="linen", help="which Flax API")
     parser.add_argument("--hidden", type=int, default=100, help="number of hidden units")
     parser.add_argument("--epochs", type=int, default=80)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--seeds", help="several runs, such as 0-4, instead of --seed")
+    seeds = parser.add_mutually_exclusive_group()
+    seeds.add_argument("--seed", type=seed_range, dest="seeds", default="0")
+    seeds.add_argument("--seeds", type=seed_range, help="several runs and their mean, such as 0-4")
     parser.add_argument("--quick", action="store_true", help="two epochs, to see that it works")
     parser.add_argument("--output", default="japanese_vowels.png", help="where the figure goes")
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Runs the example and returns its figures."""
-    options = parse(argv)
-    first, _, last = (options.seeds or str(options.seed)).partition("-")
-    seeds = range(int(first), int(last or first) + 1)
-    epochs = 2 if options.quick else options.epochs
+    """Runs the example, prints its figures and returns them."""
+    options, console = parse(argv), Console()
     training, test = (Recordings(*part) for part in load())
     with_validation, with_test = prepare(*hold_out(training)), prepare(training, test)
     network = NETWORKS[options.face](options.hidden)
+    epochs = 2 if options.quick else options.epochs
+    columns = "{task.description}", BarColumn(), TimeElapsedColumn(), "{task.fields[note]}"
+    with Progress(*columns, console=console) as progress:
+        runs = [
+            run(network, options.hidden, seed, epochs, with_validation, with_test, progress)
+            for seed in options.seeds
+        ]
+    results = summarise(network, runs, with_test[1])
+    plot(runs[0], results["confusion_matrix"], options.output)
 
-    console, runs = Console(), []
-    console.print(f"{len(training.labels)} training and {len(test.labels)} test recordings")
-    columns = BarColumn(), TextColumn("{task.description}: {task.fields[note]}")
-    for seed in seeds:
-        init_key, train_key = jax.random.split(jax.random.key(seed))
-        initial = init(init_key, options.hidden)
-        if seed == seeds[0]:
-            learnables = gru_jax.num_learnables(initial)
-            console.print(f"Flax {options.face} network with {learnables:,} learnables")
-        with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
-            result = run(
-                network, initial, train_key, epochs, with_validation, with_test, progress
-            )
-        runs.append(result)
-        console.print(
-            f"seed {seed}: validation accuracy {result.curves['validation'][-1].accuracy:.4f}, "
-            f"test accuracy {result.test.accuracy:.4f} ({result.seconds:.1f} s)"
-        )
-    validated = [result.curves["validation"][-1].accuracy for result in runs]
-    tested = [result.test.accuracy for result in runs]
-    if len(runs) > 1:
-        console.print(
-            f"mean of {len(runs)} seeds: validation accuracy {np.mean(validated):.4f}, "
-            f"test accuracy {np.mean(tested):.4f}"
-        )
-
-    one = runs[0]
-    streamed, predicted = stream(network, one.params, with_test[1]), one.logits.argmax(axis=-1)
-    alike = np.mean(streamed.argmax(axis=-1) == predicted)
+    console.print(f"learnables           {results['learnables']:,} (Flax {options.face})")
+    console.print(f"validation accuracy  {results['validation_accuracy']:.4f}")
+    console.print(f"test accuracy        {results['test_accuracy']:.4f}")
+    console.print(f"seconds for a run    {np.mean(results['seconds']):.1f}")
     console.print(
-        f"one step at a time: {alike:.2%} of the predictions are the same, "
-        f"logits within {np.abs(streamed - one.logits).max():.0e}"
+        f"one step at a time   {results['stream_agreement']:.2%} of the predictions the same, "
+        f"logits within {results['stream_difference']:.0e}"
     )
-    counts = confusion_matrix(test.labels, predicted)
-    plot(one, counts, options.output)
-    console.print(f"figure: {options.output}")
-    return {}
+    console.print(f"figure               {options.output}")
+    return results
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gru_jax import _checks
-from gru_jax._params import LEAVES, RESET_MODES, GRUParams, Sizes
+from gru_jax._params import LEAVES, GRUParams, Sizes, wrong_shape
 
 
 def sizes_of(params: GRUParams) -> Sizes:
@@ -37,10 +37,7 @@ def sizes_of(params: GRUParams) -> Sizes:
     for leaf in LEAVES:
         expected, value = leaf.shape(sizes), getattr(params, leaf.name)
         if expected is not None and value.shape != expected:
-            raise ValueError(
-                f"{leaf.name} must have shape {expected}, got {value.shape}: {sizes}."
-                + (_bias_hint(sizes, value.shape) if leaf.name == "bias" else "")
-            )
+            raise ValueError(wrong_shape(leaf.name, expected, value.shape))
     return sizes
 
 
@@ -61,15 +58,6 @@ def _input_size(params: GRUParams) -> int:
     if params.input_projector is not None:
         return params.input_projector.shape[0]
     return params.input_weights.shape[1]
-
-
-def _bias_hint(sizes: Sizes, shape: tuple) -> str:
-    double = RESET_MODES[sizes.reset_gate_mode].recurrent_bias
-    if double and shape == (3 * sizes.num_hidden_units,):
-        return " Append the recurrent bias (zeros change nothing) or choose another mode."
-    if not double and shape == (6 * sizes.num_hidden_units,):
-        return " A second bias needs reset_gate_mode='recurrent-bias-after-multiplication'."
-    return ""
 
 
 def check_x(x: Any, sizes: Sizes, *, ndim: int) -> jax.Array:
@@ -100,7 +88,12 @@ def _layout_hint(shape: tuple, input_size: int) -> str:
 
 def as_floating(name: str, value: Any) -> jax.Array:
     """Returns `value` as a JAX array of a floating-point type."""
-    array = value if isinstance(value, jax.Array) else jnp.asarray(value)
+    try:
+        array = value if isinstance(value, jax.Array) else jnp.asarray(value)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"{name} must be an array of a floating-point type, got {type(value).__name__}."
+        ) from None
     _checks.real_dtype(name, array.dtype)
     return array
 

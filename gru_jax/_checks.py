@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def choice(option: str, value: Any, names: Collection[str], *, or_callable: bool = False) -> Any:
@@ -45,7 +46,8 @@ def positive_int(option: str, value: Any) -> int:
     try:
         number = operator.index(value)
     except TypeError:
-        number = int(value) if isinstance(value, float) and value.is_integer() else None
+        whole = isinstance(value, float | np.floating) and float(value).is_integer()
+        number = int(value) if whole else None
     if number is None or isinstance(value, bool):
         raise TypeError(f"{option} must be a positive integer, got {value!r}.")
     if number < 1:

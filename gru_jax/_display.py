@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import numpy as np
 
 
@@ -18,6 +17,9 @@ def display(layer: Any, leaves: Mapping[str, Any] | None = None) -> str:
       Several lines of text, under the property names of the pages.
     """
     leaves = leaves or {}
+    both = "forward" in leaves  # a bidirectional layer
+    directions = {key.capitalize(): leaves[key] for key in leaves} if both else {"": leaves}
+    leaves = leaves["forward"] if both else leaves
     projected = layer.input_projector_size or layer.output_projector_size
     projected = projected or "input_projector" in leaves or "output_projector" in leaves
     head = {"Name": layer.name or ""}
@@ -45,7 +47,8 @@ def display(layer: Any, leaves: Mapping[str, Any] | None = None) -> str:
     names = ["input_weights", "recurrent_weights", "bias"]
     names += ["input_projector", "output_projector"] if projected else []
     learnables = {
-        "".join(word.capitalize() for word in name.split("_")): _array(leaves.get(name))
+        direction + "".join(word.capitalize() for word in name.split("_")): _array(arrays.get(name))
+        for direction, arrays in directions.items()
         for name in names
     }
     sections = {"Hyperparameters": hyper, "Learnable Parameters": learnables}
@@ -86,7 +89,6 @@ def _array(value: Any) -> _Text:
 
 
 def _input_size(layer: Any, leaves: Mapping[str, Any]) -> int | str:
-    leaves = {name: jax.tree.leaves(leaf)[0] for name, leaf in leaves.items()}
     if "input_projector" in leaves:
         return leaves["input_projector"].shape[0]
     return leaves["input_weights"].shape[1] if leaves else layer.input_size

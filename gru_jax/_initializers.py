@@ -18,6 +18,7 @@ from gru_jax._params import (
     Leaf,
     Sizes,
     check_initializer,
+    wrong_shape,
 )  # fmt: skip
 
 
@@ -80,7 +81,7 @@ class Given:
     """
 
     def __init__(self, name: str, array: Any):
-        array = array if hasattr(array, "dtype") else np.asarray(array)
+        array = array if isinstance(array, jax.Array) else np.array(array)  # a copy
         _checks.real_dtype(name, array.dtype)
         self.name, self.array, self.shape = name, array, tuple(array.shape)
         self._content = _content(array)
@@ -101,8 +102,7 @@ class Given:
             pairs = zip(self.shape, expected, strict=True)
             if all(n == m or m is None for n, m in pairs):
                 return
-        wanted = "be absent" if shape is None else f"have shape {shape}"
-        raise ValueError(f"{self.name} must {wanted}, got {self.shape}.")
+        raise ValueError(wrong_shape(self.name, shape, self.shape))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Given) and self._content == other._content

@@ -128,10 +128,16 @@ def call_layer(
     return (y, formats.from_core(final, options.data_format, "last")), final
 
 
-def call_cell(options: CellOptions, leaves: Mapping[str, Any], carry: Any, x: Any) -> tuple:
-    """Runs a cell for one step: (carry, x) to (new carry, output), the carry keeping its dtype."""
+def cell_input(options: CellOptions, x: Any) -> jax.Array:
+    """Returns the input of a cell, (*batch, channels), in the cell's `dtype` if any."""
     x = _arguments.as_floating("x", x)
-    x = x if options.dtype is None else x.astype(options.dtype)
+    if not x.ndim:
+        raise ValueError(f"x must have at least 1 axes, (*batch, channels), got shape {x.shape}.")
+    return x if options.dtype is None else x.astype(options.dtype)
+
+
+def call_cell(options: CellOptions, leaves: Mapping[str, Any], carry: Any, x: jax.Array) -> tuple:
+    """Runs a cell for one step: (carry, x) to (new carry, output), the carry keeping its dtype."""
     params = as_params(options, leaves)
     new = gru_cell(params, carry, x, precision=options.precision)
     dtype, _ = _arguments.result_dtypes(x, *params.arrays().values())

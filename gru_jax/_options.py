@@ -21,7 +21,7 @@ Factor = float | tuple[float, float, float]
 PORTS = ("num_inputs", "input_names", "num_outputs", "output_names")
 READ_ONLY = (
     "num_hidden_units", "input_size", "input_projector_size", "output_projector_size",
-    "output_mode", "has_state_inputs", "has_state_outputs", *OPTION_CHECKS,
+    "output_mode", "has_state_inputs", "has_state_outputs", "stateful", *OPTION_CHECKS,
 )  # fmt: skip
 
 

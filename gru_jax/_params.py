@@ -181,6 +181,18 @@ def _summary(value: Any) -> str:
     return repr(value)
 
 
+def wrong_shape(name: str, expected: tuple | None, shape: tuple) -> str:
+    """The message about a leaf of another shape; None is expected of a leaf that must be absent."""
+    if expected is None:
+        return f"{name} must be absent here, got an array of shape {shape}."
+    hint = ""
+    if name == "bias" and len(shape) == 1 and 2 * shape[0] == expected[0]:
+        hint = " Append the recurrent bias (zeros change nothing) or choose another mode."
+    if name == "bias" and len(shape) == 1 and shape[0] == 2 * expected[0]:
+        hint = " A second bias needs reset_gate_mode='recurrent-bias-after-multiplication'."
+    return f"{name} must have shape {expected}, got {shape}.{hint}"
+
+
 def check_initializer(leaf: Leaf, option: str, value: str | Callable) -> str | Callable:
     """Returns the stored form of an initialiser of one leaf."""
     return _checks.choice(option, value, leaf.initializers, or_callable=True)

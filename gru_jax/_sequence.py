@@ -140,6 +140,7 @@ def _gru(
         return y.astype(result), h0
 
     if lengths is not None:
+        lengths = lengths.astype(_checks.promote(lengths.dtype, jnp.int32))  # T may not fit int8
         mask = lax.broadcasted_iota(lengths.dtype, x.shape[:-1], x.ndim - 2) < lengths[..., None]
     skip = None if mask is None else _time_first(~mask[..., None])
     reset = None if resets is None else _time_first(resets[..., None])

@@ -11,7 +11,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from gru_jax._initializers import init_leaf
 from gru_jax._layer import (
@@ -19,6 +18,7 @@ from gru_jax._layer import (
     ProjectedLayerOptions,
     call_cell,
     call_layer,
+    cell_input,
     input_of,
     merge,
     state_pair,
@@ -56,15 +56,7 @@ class GRULayer(LayerOptions, nn.Module, kw_only=True):
         super().__post_init__()
 
     @nn.compact
-    def __call__(
-        self,
-        x: Any,
-        hidden: Any = None,
-        *,
-        lengths: Any = None,
-        mask: Any = None,
-        resets: Any = None,
-    ) -> Any:
+    def __call__(self, x: Any, hidden: Any = None, *, lengths=None, mask=None, resets=None) -> Any:
         """Runs the layer.
 
         Args:
@@ -130,15 +122,7 @@ class BidirectionalGRULayer(BidirectionalOptions, nn.Module, kw_only=True):
         super().__post_init__()
 
     @nn.compact
-    def __call__(
-        self,
-        x: Any,
-        hidden: Any = None,
-        *,
-        lengths: Any = None,
-        mask: Any = None,
-        resets: Any = None,
-    ) -> Any:
+    def __call__(self, x: Any, hidden: Any = None, *, lengths=None, mask=None, resets=None) -> Any:
         """Runs both directions and merges them; arguments as in `GRULayer`, `hidden` a pair."""
         options = {"lengths": lengths, "mask": mask, "resets": resets}
         pair = state_pair(self, hidden)
@@ -171,7 +155,7 @@ class GRUCell(CellOptions, nn.RNNCellBase, kw_only=True):
     @nn.compact
     def __call__(self, carry: Any, inputs: Any) -> tuple[jax.Array, jax.Array]:
         """Takes one step: (*batch, H) and (*batch, I) to the new carry and the output."""
-        inputs = jnp.asarray(inputs)
+        inputs = cell_input(self, inputs)
         return call_cell(self, _leaves(self, inputs.shape[-1]), carry, inputs)
 
     @nn.nowrap
@@ -247,4 +231,4 @@ def _init(module: Any, leaf: Leaf, sizes: Sizes, key: jax.Array) -> Any:
 
 
 def _known(module: Any) -> Mapping[str, Any]:
-    return module.variables.get("params", {}) if module.scope is not None else {}
+    return nn.meta.unbox(module.variables.get("params", {})) if module.scope is not None else {}

@@ -55,7 +55,7 @@ class _Owner(CellOptions):
     def known_leaves(self) -> dict[str, Any]:
         """Returns the learnables that are present, by name."""
         variables = {name: getattr(self, name) for name in LEAF_NAMES}
-        return {name: value[...] for name, value in variables.items() if value is not None}
+        return {name: value.get_value() for name, value in variables.items() if value is not None}
 
 
 @dataclasses.dataclass(eq=False, repr=False)
@@ -97,15 +97,7 @@ class GRULayer(_Owner, LayerOptions, nnx.Module):
         if name == "hidden_state" and "state" in vars(self):
             self.reset_state()
 
-    def __call__(
-        self,
-        x: Any,
-        hidden: Any = None,
-        *,
-        lengths: Any = None,
-        mask: Any = None,
-        resets: Any = None,
-    ) -> Any:
+    def __call__(self, x: Any, hidden: Any = None, *, lengths=None, mask=None, resets=None) -> Any:
         """Runs the layer.
 
         Args:
@@ -123,7 +115,7 @@ class GRULayer(_Owner, LayerOptions, nnx.Module):
           ValueError: wrong shapes or options, as in `gru_jax.gru`.
         """
         x = _layer.input_of(self, x)
-        stored = self.state[...] if self.stateful else None
+        stored = self.state.get_value() if self.stateful else None
         result, final = _layer.call_layer(
             self, self.known_leaves(), x, hidden, stored, lengths, mask, resets
         )
@@ -191,15 +183,18 @@ class BidirectionalGRULayer(_layer.BidirectionalOptions, nnx.Module):
         self.forward = GRULayer(**self.direction(backward=False), rngs=rngs)
         self.backward = GRULayer(**self.direction(backward=True), rngs=rngs)
 
-    def __call__(
-        self,
-        x: Any,
-        hidden: Any = None,
-        *,
-        lengths: Any = None,
-        mask: Any = None,
-        resets: Any = None,
-    ) -> Any:
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if "backward" in vars(self) and name in self.direction(backward=False):
+            setattr(self.forward, name, self.direction(backward=False)[name])
+            setattr(self.backward, name, self.direction(backward=True)[name])
+
+    def reset_state(self, batch_shape: tuple[int, ...] = ()) -> None:
+        """Returns the states of both directions to `hidden_state`, as `GRULayer.reset_state`."""
+        self.forward.reset_state(batch_shape)
+        self.backward.reset_state(batch_shape)
+
+    def __call__(self, x: Any, hidden: Any = None, *, lengths=None, mask=None, resets=None) -> Any:
         """Runs both directions and merges them; arguments of `GRULayer`, `hidden` a pair."""
         options = {"lengths": lengths, "mask": mask, "resets": resets}
         pair = _layer.state_pair(self, hidden)
@@ -230,6 +225,7 @@ class GRUCell(_Owner, nnx.RNNCellBase):
 
     def __call__(self, carry: Any, inputs: Any) -> tuple[jax.Array, jax.Array]:
         """Takes one step: (*batch, H) and (*batch, I) to the new carry and the output."""
+        inputs = _layer.cell_input(self, inputs)
         return _layer.call_cell(self, self.known_leaves(), carry, inputs)
 
     def initialize_carry(

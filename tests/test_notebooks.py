@@ -1,4 +1,4 @@
-"""Every notebook runs from top to bottom, as a reader would run it, and is stored with its pictures."""
+"""Every notebook runs from top to bottom, as a reader runs it, and is stored with pictures."""
 
 import re
 from pathlib import Path

@@ -1,0 +1,293 @@
+"""House rules, read from the package's own syntax trees, signatures and docstrings."""
+
+import ast
+import doctest
+import importlib
+import inspect
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+import gru_jax
+import gru_jax.linen
+import gru_jax.nnx
+
+PACKAGE = Path(gru_jax.__file__).parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+TREES = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text()) for path in FILES}
+MODULES = ["gru_jax", *(m.name for m in pkgutil.walk_packages(gru_jax.__path__, "gru_jax."))]
+FACES = ("linen", "nnx")
+EXPORTS = {
+    "gru_jax": {"GRUParams", "formats", "gru", "gru_cell", "init_params", "num_learnables"},
+    "gru_jax.linen": {
+        "BidirectionalGRULayer", "GRUCell", "GRULayer", "GRUProjectedLayer", "reset_state",
+    },
+    "gru_jax.nnx": {
+        "BidirectionalGRULayer", "GRUCell", "GRULayer", "GRUProjectedLayer", "HiddenState",
+    },
+    "gru_jax.formats": {
+        "channel_axis", "check", "from_core", "output_format", "state_to_core", "to_core",
+    },
+}  # fmt: skip
+FLOORS = (  # imports point down; within a floor, to files named earlier
+    ("_checks", "_activations", "_params", "_initializers", "formats", "_display", "_options"),
+    ("_arguments", "_cell"),
+    ("_recurrence", "_sequence"),
+    ("_layer",),
+    ("linen", "nnx"),
+)
+ORDER = [name for floor in FLOORS for name in floor]
+
+
+def imports(tree):
+    """Dotted names of what a file imports, `from a import b` as a.b."""
+    names = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    return names
+
+
+def own_imports(tree):
+    """The files of the package that a file imports."""
+    parts = [name.split(".") for name in imports(tree)]
+    return {p[1] for p in parts if p[0] == "gru_jax" and len(p) > 1}
+
+
+def public_objects():
+    """Every public function, class and method, with its dotted name."""
+    for module_name, names in EXPORTS.items():
+        module = importlib.import_module(module_name)
+        for name in sorted(names):
+            thing = getattr(module, name)
+            if inspect.ismodule(thing):
+                continue
+            yield f"{module_name}.{name}", thing
+            if inspect.isclass(thing):
+                for method, value in vars(thing).items():
+                    if inspect.isfunction(value) and _written(value) and method[0] != "_":
+                        yield f"{module_name}.{name}.{method}", value
+
+
+def _written(function):
+    """Whether a function stands in a file of the package, not in a dataclass decorator."""
+    return Path(inspect.unwrap(function).__code__.co_filename).parent == PACKAGE
+
+
+OBJECTS = dict(public_objects())
+
+
+# Size and shape
+
+
+def test_number_and_length_of_files():
+    assert len(FILES) <= 15
+    lengths = {path.name: len(path.read_text().splitlines()) for path in FILES}
+    assert not {name: n for name, n in lengths.items() if n > 250}
+
+
+@pytest.mark.parametrize("module", EXPORTS)
+def test_exports(module):
+    found = importlib.import_module(module)
+    defined = {
+        name
+        for name, value in vars(found).items()
+        if not name.startswith("_")
+        and (inspect.isfunction(value) or inspect.isclass(value))
+        and value.__module__.startswith("gru_jax")
+        and (module == "gru_jax" or value.__module__ == module)
+    }
+    assert defined == EXPORTS[module] - {"formats"}
+    if module == "gru_jax":
+        assert set(found.__all__) == EXPORTS[module]
+        assert all(name == "formats" or name in defined for name in found.__all__)
+        assert found.formats is importlib.import_module("gru_jax.formats")
+        assert found.__version__.split(".")[0].isdigit()
+
+
+def test_typed():
+    assert (PACKAGE / "py.typed").exists()
+
+
+# Floors
+
+
+def test_imports_point_down():
+    assert {f"{name}.py" for name in ORDER} | {"__init__.py"} == set(TREES)
+    for name in ORDER:
+        above = own_imports(TREES[f"{name}.py"]) - set(ORDER[: ORDER.index(name)])
+        assert not above, f"{name} imports {above} from above"
+    for face, other in (FACES, FACES[::-1]):
+        assert other not in own_imports(TREES[f"{face}.py"])
+
+
+def test_the_core_knows_no_framework():
+    allowed = {"jax", "numpy", "gru_jax"} | set(sys.stdlib_module_names)
+    for name, tree in TREES.items():
+        extra = {"flax"} if name in ("linen.py", "nnx.py") else set()
+        roots = {imported.split(".")[0] for imported in imports(tree)}
+        assert roots <= allowed | extra, name
+
+
+def test_no_private_parts_of_others():
+    for name, tree in TREES.items():
+        for imported in imports(tree):
+            parts = imported.split(".")
+            own = parts[0] == "gru_jax"
+            assert own or not any(p[0] == "_" for p in parts if p != "__future__"), (name, imported)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute):
+                assert node.attr != "_src", name
+
+
+def test_import_loads_no_framework():
+    code = "import gru_jax, sys; print(sorted({'flax', 'optax', 'chex'} & set(sys.modules)))"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent
+    )
+    assert result.stdout == "[]\n"
+
+
+# The faces hold no mathematics
+
+
+@pytest.mark.parametrize("face", FACES)
+def test_faces_do_no_arithmetic(face):
+    names = set()
+    for node in ast.walk(TREES[f"{face}.py"]):
+        assert not isinstance(node, ast.MatMult)
+        if isinstance(node, ast.Name):
+            names.add(node.id)
+        elif isinstance(node, ast.Attribute):
+            names.add(node.attr)
+        elif isinstance(node, ast.alias):
+            names |= set(node.name.split(".")) | {node.asname}
+    forbidden = {"dot", "tanh", "sigmoid", "lax", "matmul", "einsum", "tensordot", "scan"}
+    assert not names & forbidden
+
+
+def test_nothing_prints_and_nothing_is_random_by_itself():
+    for name, tree in TREES.items():
+        calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
+        assert not [f for f in calls if isinstance(f, ast.Name) and f.id == "print"], name
+        dotted = {ast.unparse(f) for f in calls}
+        assert not {d for d in dotted if d.startswith(("np.random", "random."))}, name
+        assert not {d for d in dotted if d.endswith(("random.key", "PRNGKey"))}, name
+
+
+def test_random_keys_are_called_key():
+    hosts = {"rng", "rngs"}  # of the hosts' own protocols, in the faces only
+    for name, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef):
+                arguments = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
+                given = {argument.arg for argument in arguments}
+                allowed = hosts if name in ("linen.py", "nnx.py") else set()
+                assert not given & (hosts | {"seed", "prng", "rng_key", "prng_key"}) - allowed, name
+    assert next(iter(inspect.signature(gru_jax.init_params).parameters)) == "key"
+
+
+# Documentation
+
+
+@pytest.mark.parametrize("name", OBJECTS)
+def test_public_objects_are_documented(name):
+    thing = OBJECTS[name]
+    text = inspect.getdoc(thing)
+    assert text, "no docstring"
+    first = text.splitlines()[0]
+    assert first.endswith((".", ":")), f"the first line is no sentence: {first}"
+    if inspect.isclass(thing):
+        assert "Example:" in text or name.endswith("HiddenState")
+        if name == "gru_jax.GRUParams":
+            assert_names_all(text, inspect.signature(thing).parameters)
+        return
+    parameters = [p for p in inspect.signature(thing).parameters if p != "self"]
+    if parameters:
+        assert_names_all(text, parameters)
+    if inspect.signature(thing).return_annotation not in (None, "None"):
+        assert "Returns" in text
+    if not inspect.isclass(thing) and name.count(".") == 1 + name.startswith("gru_jax.formats"):
+        assert "Example:" in text
+
+
+def assert_names_all(text, parameters):
+    """Every parameter stands in the docstring's Args, or in its one line."""
+    missing = [p for p in parameters if f"{p}:" not in text and "fields" not in p]
+    assert not missing, f"Args lack {missing}"
+
+
+@pytest.mark.parametrize("face", FACES)
+def test_calls_and_options_are_documented(face):
+    module = importlib.import_module(f"gru_jax.{face}")
+    text = inspect.getdoc(module.GRULayer.__call__)
+    assert_names_all(text, [p for p in inspect.signature(module.GRULayer.__call__).parameters][1:])
+    bases = [cls for cls in module.BidirectionalGRULayer.__mro__ + module.GRULayer.__mro__
+             if cls.__module__.startswith("gru_jax")]  # fmt: skip
+    text = "\n".join(inspect.getdoc(cls) for cls in bases)
+    hosts = {"self", "parent", "name"}
+    own = set(inspect.signature(module.BidirectionalGRULayer).parameters) - hosts
+    assert_names_all(text, own)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_examples_run(module):
+    module = importlib.import_module(module)
+    with (
+        jax.enable_x64(False),
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+    ):
+        failed, tried = doctest.testmod(module, optionflags=doctest.ELLIPSIS)
+    assert failed == 0
+    assert tried > 0 or module.__name__ not in EXPORTS or module is gru_jax
+
+
+def test_layers_share_their_signatures():
+    """The same argument has the same name, order and default in both faces."""
+    for kind in ("GRULayer", "GRUProjectedLayer", "BidirectionalGRULayer", "GRUCell"):
+        one, two = (
+            inspect.signature(getattr(importlib.import_module(f"gru_jax.{face}"), kind))
+            for face in FACES
+        )
+        hosts = {"parent", "name", "rngs"}
+        strip = lambda s: [(p.name, p.kind, p.default) for p in s.parameters.values()  # noqa: E731
+                           if p.name not in hosts]  # fmt: skip
+        assert strip(one) == strip(two)
+        required = {"GRUProjectedLayer": 3}.get(kind, 1)
+        positional = [p for p in one.parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+        assert len(positional) == required
+    projected = list(inspect.signature(gru_jax.linen.GRUProjectedLayer).parameters)[:3]
+    assert projected == ["num_hidden_units", "output_projector_size", "input_projector_size"]
+
+
+CONTRACT = {
+    gru_jax.gru_cell: "params h x * precision",
+    gru_jax.gru: "params x h0 * output_mode lengths mask resets reverse unroll checkpoint "
+    "precision implementation",
+    gru_jax.GRUParams: "input_weights recurrent_weights bias input_projector output_projector * "
+    "reset_gate_mode state_activation_function gate_activation_function",
+    gru_jax.num_learnables: "params",
+    gru_jax.linen.GRULayer.__call__: "self x hidden * lengths mask resets",
+    gru_jax.nnx.GRULayer.__call__: "self x hidden * lengths mask resets",
+    gru_jax.nnx.GRULayer.reset_state: "self batch_shape",
+    gru_jax.linen.reset_state: "variables",
+    gru_jax.formats.output_format: "data_format output_mode",
+}
+
+
+@pytest.mark.parametrize("function", CONTRACT, ids=lambda f: f.__qualname__)
+def test_signatures_of_the_contract(function):
+    names = []
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.kind is parameter.KEYWORD_ONLY and "*" not in names:
+            names.append("*")
+        names.append(parameter.name)
+    assert " ".join(names) == CONTRACT[function]

@@ -112,7 +112,11 @@ class CellOptions:
     def __setattr__(self, name: str, value: Any) -> None:
         if name in PORTS or (name in READ_ONLY and name in vars(self)):
             raise AttributeError(f"{name} of a {type(self).__name__} is read-only; make a new one.")
-        if name in LEAF_NAMES and "_settled" not in vars(self):
+        if name in LEAF_NAMES:
+            if "_settled" in vars(self):
+                raise AttributeError(
+                    f"{name} lives among the variables of the layer: set it there."
+                )
             if value is not None:  # a given array is kept as its leaf's initialiser
                 object.__setattr__(self, f"{name}_initializer", Given(name, value))
             return

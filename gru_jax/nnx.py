@@ -49,6 +49,8 @@ class _Owner(CellOptions):
         if name in LEAF_NAMES and isinstance(current, nnx.Variable) and plain:
             given = Given(name, value)
             current[...] = given(None, current[...].shape, current[...].dtype)
+        elif name in LEAF_NAMES and "_settled" in vars(self):
+            nnx.Module.__setattr__(self, name, value)
         else:
             super().__setattr__(name, value)
 

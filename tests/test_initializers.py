@@ -37,11 +37,11 @@ FANS = [  # array, its shape, fan-in and fan-out as on the pages
 
 @functools.cache
 def draws(initializer, sizes):
-    """Sixteen draws of every matrix, in one program."""
+    """Sixteen draws of every matrix, by one program; "rbg" keys compile sooner than others."""
     chosen = {f"{leaf}_initializer": initializer for leaf in PROJECTED}
-    make = jax.jit(jax.vmap(lambda key: init_params(key, H, I, **dict(sizes), **chosen).arrays()))
-    made = make(jax.random.split(KEY, 16))
-    return {leaf: np.asarray(array, np.float64) for leaf, array in made.items()}
+    make = jax.jit(lambda key: init_params(key, H, I, **dict(sizes), **chosen).arrays())
+    made = [make(jax.random.key(i, impl="rbg")) for i in range(16)]
+    return {leaf: np.stack([np.float64(one[leaf]) for one in made]) for leaf in made[0]}
 
 
 def many(leaf, shape, initializer):
@@ -113,8 +113,9 @@ def test_bias(rows):
 
     def bias(initializer):
         options = {"reset_gate_mode": mode, "bias_initializer": initializer}
-        make = jax.vmap(lambda key: init_params(key, H, I, **options).bias)
-        return np.asarray(jax.jit(make)(jax.random.split(KEY, 16)), np.float64)
+        make = jax.jit(lambda key: init_params(key, H, I, **options).bias)
+        made = [make(jax.random.key(i, impl="rbg")) for i in range(16)]
+        return np.stack([np.float64(one) for one in made])
 
     values = bias("narrow-normal")
     assert values.shape == (16, rows)
@@ -124,9 +125,10 @@ def test_bias(rows):
 
 
 def test_defaults_of_the_pages():
-    params = init_params(KEY, H, I, **SIZES)
+    sizes = {"input_projector_size": 2, "output_projector_size": 3}
+    params = init_params(KEY, 4, 5, **sizes)
     explicit = init_params(
-        KEY, H, I, **SIZES, input_weights_initializer="glorot",
+        KEY, 4, 5, **sizes, input_weights_initializer="glorot",
         recurrent_weights_initializer="orthogonal", bias_initializer="zeros",
         input_projector_initializer="orthogonal", output_projector_initializer="orthogonal",
     )  # fmt: skip
@@ -136,17 +138,19 @@ def test_defaults_of_the_pages():
 
 
 def test_keys():
-    one, same = (init_params(jax.random.key(0), H, I, **SIZES) for _ in "ab")
-    other = init_params(jax.random.key(1), H, I, **SIZES)
-    old_style = init_params(jax.random.PRNGKey(0), H, I, **SIZES)
+    draw = functools.partial(init_params, num_hidden_units=4, input_size=5)
+    sizes = {"input_projector_size": 2, "output_projector_size": 3}
+    one, same = (draw(jax.random.key(0), **sizes) for _ in "ab")
+    other = draw(jax.random.key(1), **sizes)
+    old_style = draw(jax.random.PRNGKey(0), **sizes)
     for name, array in one.arrays().items():
         np.testing.assert_array_equal(array, getattr(same, name))
         np.testing.assert_array_equal(array, getattr(old_style, name))
         assert name == "bias" or (array != getattr(other, name)).any()
     square = init_params(KEY, 4, 4, recurrent_weights_initializer="glorot")
     assert (square.input_weights != square.recurrent_weights).all()  # every array has its own key
-    dense = init_params(jax.random.key(0), H, I)  # a projector does not change the other arrays
-    half = init_params(jax.random.key(0), H, I, output_projector_size=P_O)
+    dense = draw(jax.random.key(0))  # a projector does not change the other arrays
+    half = draw(jax.random.key(0), output_projector_size=3)
     np.testing.assert_array_equal(dense.input_weights, half.input_weights)
 
 
@@ -202,8 +206,12 @@ def test_both_faces_draw_from_the_same_table():
             np.testing.assert_allclose(q.T @ q, np.eye(P_O), atol=1e-5)
 
 
+def shapes(**options):
+    return jax.eval_shape(lambda key: init_params(key, H, I, **options), KEY)
+
+
 def test_learnables():
-    dense, projected = init_params(KEY, H, I), init_params(KEY, H, I, **SIZES)
+    dense, projected = shapes(), shapes(**SIZES)
     head = {"kernel": jnp.zeros((H, 9)), "bias": jnp.zeros(9)}
     assert gru_jax.num_learnables(dense) == 3 * H * I + 3 * H**2 + 3 * H == 33_900
     assert gru_jax.num_learnables(projected) == (3 * H + I) * P_I + 4 * H * P_O + 3 * H == 13_108
@@ -211,11 +219,11 @@ def test_learnables():
     assert gru_jax.num_learnables((projected, head)) == 14_017
     assert round(100 * (1 - 14_017 / 34_809), 1) == 59.7
     mode = "recurrent-bias-after-multiplication"
-    assert gru_jax.num_learnables(init_params(KEY, H, I, reset_gate_mode=mode)) == 34_200
-    shapes = jax.eval_shape(lambda key: init_params(key, H, I), KEY)
-    assert gru_jax.num_learnables(shapes) == 33_900
-    one_side = init_params(KEY, H, I, output_projector_size=P_O)
+    assert gru_jax.num_learnables(shapes(reset_gate_mode=mode)) == 34_200
+    one_side = shapes(output_projector_size=P_O)
     assert gru_jax.num_learnables(one_side) == 3 * H * I + 4 * H * P_O + 3 * H
+    small = init_params(KEY, 4, 3)
+    assert gru_jax.num_learnables(small) == sum(a.size for a in small.arrays().values()) == 96
 
 
 def test_under_jit_and_vmap():

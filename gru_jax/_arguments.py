@@ -114,7 +114,10 @@ def check_flags(name: str, flags: Any, shape: tuple) -> jax.Array | None:
     """Returns booleans of shape (*batch, time), or None."""
     if flags is None:
         return None
-    flags = jnp.asarray(flags)
+    try:
+        flags = jnp.asarray(flags)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be an array of booleans, got {flags!r}.") from None
     if flags.dtype != jnp.bool_:
         raise TypeError(f"{name} must be booleans, got {flags.dtype}; write {name} != 0.")
     if flags.shape != shape:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from gru_jax import _activations, _arguments
+from gru_jax import _activations, _arguments, _checks
 from gru_jax._params import RESET_MODES, GRUParams
 
 
@@ -79,7 +79,7 @@ def gru_cell(params: GRUParams, h: jax.Array, x: jax.Array, *, precision: Any = 
     sizes = _arguments.sizes_of(params)
     x = _arguments.check_x(x, sizes, ndim=1)
     h = _arguments.check_state("h", h, x.shape[:-1], sizes.num_hidden_units)
-    return _gru_cell(precision, params, h, x)
+    return _gru_cell(_checks.precision("precision", precision), params, h, x)
 
 
 @partial(jax.jit, static_argnums=0)

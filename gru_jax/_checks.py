@@ -1,5 +1,6 @@
 """Checks of option values. Every message says what was expected, what came and what to do."""
 
+import functools
 import math
 import operator
 from collections.abc import Callable, Collection
@@ -41,6 +42,24 @@ def checkpoint(option: str, value: Any) -> int | str | None:
     return None if value is None else positive_int(option, value)
 
 
+@functools.lru_cache(maxsize=64)
+def _try_precision(value: Any) -> None:
+    matrix = jax.ShapeDtypeStruct((1, 1), jnp.float32)
+    jax.eval_shape(functools.partial(jax.lax.dot, precision=value), matrix, matrix)
+
+
+def precision(option: str, value: Any) -> Any:
+    """Returns a precision of matrix products that JAX knows."""
+    try:
+        _try_precision(value)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"{option} must be None, 'default', 'high', 'highest' or what else "
+            f"jax.lax.dot_general takes, got {value!r}."
+        ) from None
+    return value
+
+
 def positive_int(option: str, value: Any) -> int:
     """Returns `value` as an int if it is an integer-valued number of at least 1."""
     try:
@@ -64,7 +83,7 @@ def size(option: str, value: Any, default: Any) -> Any:
 
 def flag(option: str, value: Any) -> bool:
     """Returns `value` as a bool if it is True, False, 1 or 0."""
-    if isinstance(value, bool) or (isinstance(value, int) and value in (0, 1)):
+    if isinstance(value, bool | np.bool_) or (isinstance(value, int) and value in (0, 1)):
         return bool(value)
     raise TypeError(f"{option} must be True or False, got {value!r}.")
 

@@ -42,21 +42,24 @@ def initialize(
       What the initialiser returns: an array, or an array in a Flax box.
     """
     if not isinstance(initializer, str):
-        return _checked(initializer(key, shape, dtype), initializer, shape)
+        return _checked(initializer(key, shape, dtype), initializer, shape, dtype)
     if initializer in ("zeros", "ones"):
         return getattr(jnp, initializer)(shape, dtype)
     wide = _checks.promote(dtype, jnp.float32)
     return _draw(initializer, *fans)(key, shape, wide).astype(dtype)
 
 
-def _checked(value: Any, initializer: Callable, shape: tuple) -> Any:
-    for array in jax.tree.leaves(value):  # looks into the boxes of flax.linen.with_partitioning
-        if tuple(np.shape(array)) != tuple(shape):
-            raise ValueError(
-                f"initializer {initializer!r} must return an array of shape {tuple(shape)}, "
-                f"got {tuple(np.shape(array))}."
-            )
-    return value
+def _checked(value: Any, initializer: Callable, shape: tuple, dtype: Any) -> Any:
+    """The array of a function's result in `dtype`; it may lie in a box of linen or of nnx."""
+    boxed = hasattr(value, "raw_value")  # of nnx.with_partitioning, no pytree
+    arrays = [value.raw_value] if boxed else jax.tree.leaves(value)
+    if len(arrays) != 1 or not hasattr(arrays[0], "dtype") or arrays[0].shape != tuple(shape):
+        got = [getattr(a, "shape", type(a).__name__) for a in arrays]
+        raise ValueError(
+            f"initializer {initializer!r} must return an array of shape {tuple(shape)}, got "
+            f"{got[0] if len(got) == 1 else f'{len(got)} values'}."
+        )
+    return value if boxed else jax.tree.map(lambda a: jnp.asarray(a).astype(dtype), value)
 
 
 def _draw(name: str, fan_in: int, fan_out: int) -> Callable:

@@ -148,7 +148,8 @@ def as_params(options: CellOptions, leaves: Mapping[str, Any]) -> GRUParams:
     """The leaves as `GRUParams`, in the layer's `dtype` if any."""
     if options.dtype is not None:
         leaves = {name: jnp.asarray(leaf, options.dtype) for name, leaf in leaves.items()}
-    return GRUParams(**leaves, **{name: getattr(options, name) for name in OPTION_CHECKS})
+    arrays = dict.fromkeys(LEAF_NAMES) | dict(leaves)  # the core says what is missing
+    return GRUParams(**arrays, **{name: getattr(options, name) for name in OPTION_CHECKS})
 
 
 def stored_state(options: CellOptions, batch_shape: tuple[int, ...] = ()) -> jax.Array:

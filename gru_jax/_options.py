@@ -240,6 +240,7 @@ CHECKS: dict[str, Callable] = {
     "output_projector_size": partial(_checks.size, default=None),
     "data_format": lambda _, value: formats.check(value),
     "param_dtype": _checks.real_dtype,
+    "precision": _checks.precision,
     "dtype": lambda name, value: None if value is None else _checks.real_dtype(name, value),
     "output_mode": _checks.output_mode,
     "checkpoint": _checks.checkpoint,

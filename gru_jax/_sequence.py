@@ -111,7 +111,7 @@ def gru(
         _checks.flag("reverse", reverse),
         _checks.positive_int("unroll", unroll),
         _checks.checkpoint("checkpoint", checkpoint),
-        precision,
+        _checks.precision("precision", precision),
     )
     if not isinstance(x.shape[-2], int) and (unroll > 1 or checkpoint not in (None, 1)):
         raise ValueError(
@@ -140,8 +140,7 @@ def _gru(
         return y.astype(result), h0
 
     if lengths is not None:
-        lengths = lengths.astype(_checks.promote(lengths.dtype, jnp.int32))  # T may not fit int8
-        mask = lax.broadcasted_iota(lengths.dtype, x.shape[:-1], x.ndim - 2) < lengths[..., None]
+        mask = _within(lengths, x.shape[:-1])
     skip = None if mask is None else _time_first(~mask[..., None])
     reset = None if resets is None else _time_first(resets[..., None])
     x = _time_first(x) if skip is None else jnp.where(skip, 0.0, _time_first(x))
@@ -151,6 +150,16 @@ def _gru(
         return hidden.astype(result), hidden
     y = hs if skip is None else jnp.where(skip, 0.0, hs)
     return jnp.moveaxis(y, 0, -2).astype(result), hidden
+
+
+def _within(lengths: jax.Array, shape: tuple) -> jax.Array:
+    """Booleans (*batch, T), True before each length. T may not fit a small integer type."""
+    T = shape[-1]
+    if isinstance(T, int):
+        most = min(T, jnp.iinfo(lengths.dtype).max)
+        lengths = jnp.minimum(lengths, jnp.asarray(most, lengths.dtype))
+    lengths = lengths.astype(jnp.int32)
+    return lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1) < lengths[..., None]
 
 
 def _time_first(a: jax.Array) -> jax.Array:

@@ -192,7 +192,11 @@ class BidirectionalGRULayer(_layer.BidirectionalOptions, nnx.Module):
             setattr(self.backward, name, self.direction(backward=True)[name])
 
     def reset_state(self, batch_shape: tuple[int, ...] = ()) -> None:
-        """Returns the states of both directions to `hidden_state`, as `GRULayer.reset_state`."""
+        """Returns the states of both directions to `hidden_state`, or zeros.
+
+        Args:
+          batch_shape: shape of the batch to come; by default the states fit any batch.
+        """
         self.forward.reset_state(batch_shape)
         self.backward.reset_state(batch_shape)
 

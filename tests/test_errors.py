@@ -117,6 +117,7 @@ CASES = [
     Case("checkpoint 0", ValueError, ("checkpoint", POSITIVE, "got 0"), {"checkpoint": 0}),
     Case("checkpoint", ValueError, ("checkpoint", "'sqrt'", "got 'all'"), {"checkpoint": "all"}),
     Case("checkpoint 2.5", TypeError, ("checkpoint", POSITIVE, "2.5"), {"checkpoint": 2.5}),
+    Case("precision", ValueError, ("precision", "'highest'", "got 'hi'"), {"precision": "hi"}),
     Case("implementation", ValueError, ("implementation", "'scan'", "got 'cudnn'"),
          {"implementation": "cudnn"}),
     # options that only layers have
@@ -461,10 +462,25 @@ def test_lengths_are_checked_where_concrete_and_clamped_under_jit():
             gru_jax.gru(params, x, h0, lengths=np.array(wild))
         for got, want in zip(run(jnp.array(wild)), run(jnp.array(clamped)), strict=True):
             np.testing.assert_array_equal(got, want)
-    narrow = jnp.array([100, 3], jnp.int8)  # a dtype that could not hold every step
-    long = jnp.zeros((B, 200, I), "float32")
-    y, _ = jax.jit(lambda lengths: gru_jax.gru(params, long, h0, lengths=lengths))(narrow)
-    assert int((jnp.abs(y) > 0).any(-1).sum()) == 103
+
+
+@pytest.mark.parametrize(
+    ("dtype", "lengths", "time", "steps"),
+    [
+        ("int8", [100, -3], 200, [100, 0]),  # cannot count to the end
+        ("uint8", [255, 1], T, [T, 1]),
+        ("uint32", [2**32 - 1, 1], T, [T, 1]),
+        ("int64", [2**32 + 1, -(2**33)], T, [T, 0]),
+    ],
+)
+def test_lengths_of_any_integer_type_are_clamped_by_value(dtype, lengths, time, steps):
+    with jax.enable_x64(dtype == "int64"):
+        params = gru_jax.init_params(KEY, H, I, bias_initializer="ones")
+        x, h0 = jnp.zeros((B, time, I), "float32"), jnp.ones((B, H), "float32")
+        run = jax.jit(lambda n: gru_jax.gru(params, x, h0, lengths=n))
+        y, hidden = run(jnp.array(lengths, dtype))
+        assert (y != 0).any(-1).sum(-1).tolist() == steps
+        np.testing.assert_array_equal(y[0, steps[0] - 1], hidden[0])
 
 
 def test_static_shapes_fail_under_jit_with_the_same_words():

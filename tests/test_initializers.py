@@ -2,6 +2,7 @@
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -233,3 +234,39 @@ def test_under_jit_and_vmap():
     stack = jax.vmap(lambda key: init_params(key, 4, 3))(jax.random.split(KEY, 2))
     assert stack.input_weights.shape == (2, 12, 3)
     assert (stack.input_weights[0] != stack.input_weights[1]).all()
+
+
+def test_the_result_of_a_function_is_cast_and_checked():
+    ints = lambda key, shape, dtype: np.ones(shape, int)  # noqa: E731
+    params = init_params(KEY, 5, 3, input_weights_initializer=ints)
+    assert params.input_weights.dtype == jnp.float32
+    for wrong in (lambda *_: [1.0, 2.0], lambda *_: np.ones((3, 15), "float32"), lambda *_: "no"):
+        with pytest.raises(ValueError, match=r"must return an array of shape \(15, 3\)"):
+            init_params(KEY, 5, 3, input_weights_initializer=wrong)
+
+
+def test_boxes_of_both_flax_apis_pass_through():
+    mesh = jax.make_mesh((1,), ("a",), axis_types=(jax.sharding.AxisType.Auto,))
+    names = (None, "a")
+    draw = jax.nn.initializers.normal(1.0)
+    with jax.set_mesh(mesh):
+        layer = gru_jax.nnx.GRULayer(
+            5,
+            input_size=3,
+            input_weights_initializer=nnx.with_partitioning(draw, names),
+            recurrent_weights_metadata={"out_sharding": names},
+            rngs=nnx.Rngs(0),
+        )
+    assert layer.input_weights.get_metadata()["out_sharding"] == names
+    assert layer.recurrent_weights.get_metadata()["out_sharding"] == names
+    boxed = gru_jax.linen.GRULayer(5, input_weights_initializer=nn.with_partitioning(draw, names))
+    variables = boxed.init(KEY, jnp.ones((2, 4, 3), jnp.float32))
+    assert variables["params"]["input_weights"].names == names
+    assert boxed.apply(variables, jnp.ones((2, 4, 3), jnp.float32)).shape == (2, 4, 5)
+
+
+def test_a_learnable_that_was_taken_away_is_named():
+    layer = gru_jax.nnx.GRULayer(5, input_size=3, rngs=nnx.Rngs(0))
+    layer.bias = None
+    with pytest.raises(ValueError, match="must have input_weights, recurrent_weights and bias"):
+        layer(jnp.ones((2, 4, 3), jnp.float32))

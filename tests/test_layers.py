@@ -16,6 +16,7 @@ from reference import MODES
 import gru_jax
 import gru_jax.linen
 import gru_jax.nnx
+from gru_jax._params import LEAVES
 
 H, I, P_O, P_I = 5, 3, 4, 2  # noqa: E741
 B, T = 2, 6
@@ -138,8 +139,10 @@ def test_faces_are_bitwise_the_core(face, kind, mode):
     assert_same(y, jnp.concatenate(hidden, axis=-1) if _paired(params) else hidden)
 
     layer = build(face, kind, params, reset_gate_mode=mode, **ports)
-    got = layer(x, h0, mask=flags, resets=~flags)
-    assert_same(got, core(params, x, h0, mask=flags, resets=~flags))
+    resets = np.arange(T) % 2 == np.arange(B)[:, None]
+    assert (flags & resets).any()
+    got = layer(x, h0, mask=flags, resets=resets)
+    assert_same(got, core(params, x, h0, mask=flags, resets=resets))
 
 
 @pytest.mark.parametrize("face", FACES)
@@ -147,6 +150,14 @@ def test_options_of_the_loop_reach_the_core(face):
     params, x = own_params("GRULayer"), inputs()
     for options in ({"reverse": True}, {"unroll": 3}, {"checkpoint": 2}, {"precision": "highest"}):
         assert_same(build(face, **options)(x), gru_jax.gru(params, x, **options)[0])
+    for options, word in (
+        ({"unroll": 3}, "unroll=3"),
+        ({"checkpoint": 2}, "checkpoint["),
+        ({"precision": "highest"}, "HIGHEST"),
+    ):  # what changes no number shows in the program
+        program = str(jax.make_jaxpr(lambda x, o=options: build(face, **o)(x))(x))
+        assert word in program.replace("remat2[", "checkpoint[")
+        assert word not in str(jax.make_jaxpr(lambda x: build(face)(x))(x))
     functions = {
         "state_activation_function": "softsign",
         "gate_activation_function": "hard-sigmoid",
@@ -347,6 +358,15 @@ def test_merging_follows_the_data_format(face):
         want = build(face, kind, output_mode=output_mode)(x)
         model = build(face, kind, output_mode=output_mode, data_format="CBT")
         assert_same(model(x.transpose(2, 0, 1)), want.transpose(axes))
+
+
+@pytest.mark.parametrize("face", FACES)
+def test_reverse_exchanges_the_directions(face):
+    one, two = own_params("BidirectionalGRULayer")
+    x, kind = inputs(), "BidirectionalGRULayer"
+    y = build(face, kind, (one, two), reverse=True)(x)
+    want = gru_jax.gru(one, x, reverse=True)[0], gru_jax.gru(two, x)[0]
+    assert_same(y, jnp.concatenate(want, axis=-1))
 
 
 # Cells in the hosts' own loops
@@ -844,6 +864,14 @@ def test_display_of_the_other_kinds(face):
     text = str(getattr(gru_jax, face).GRUCell(H, **options))
     assert text.startswith("GRUCell with properties:")
     assert "OutputMode" not in text
+
+
+def test_defaults_are_those_of_the_table_of_leaves():
+    fields = {f.name: f.default for f in dataclasses.fields(gru_jax.linen.GRULayer)}
+    for leaf in LEAVES:
+        assert fields[f"{leaf.name}_initializer"] == leaf.initializer
+        assert fields[f"{leaf.name}_l2_factor"] == leaf.l2_factor
+        assert fields[f"{leaf.name}_learn_rate_factor"] == leaf.learn_rate_factor
 
 
 def test_same_options_in_both_faces():

@@ -14,7 +14,7 @@ from jax.sharding import AxisType
 import gru_jax
 from gru_jax._params import RESET_MODES
 
-B, T, I, H = 4, 6, 3, 5
+B, T, INPUTS, H = 4, 6, 3, 5
 OPTIONS = [
     {},
     {"lengths": np.array([6, 0, 3, 1])},
@@ -27,8 +27,8 @@ OPTIONS = [
 
 def problem(mode="after-multiplication", dtype="float64", **sizes):
     rng = np.random.default_rng(7)
-    params = as_params(random_params(rng, H, I, mode, dtype=dtype, **sizes), mode)
-    x = jnp.asarray(rng.normal(size=(B, T, I)), dtype)
+    params = as_params(random_params(rng, H, INPUTS, mode, dtype=dtype, **sizes), mode)
+    x = jnp.asarray(rng.normal(size=(B, T, INPUTS)), dtype)
     return params, x, jnp.asarray(rng.normal(size=(B, H)), dtype)
 
 
@@ -185,7 +185,7 @@ def test_export_with_symbolic_batch_and_time(options):
     params, x, _ = problem(dtype="float32")
     b, t = export.symbolic_shape("b, t")
     shapes = (
-        jax.ShapeDtypeStruct((b, t, I), jnp.float32),
+        jax.ShapeDtypeStruct((b, t, INPUTS), jnp.float32),
         jax.ShapeDtypeStruct((b,), jnp.int32),
     )
     run = jax.jit(lambda x, lengths: gru_jax.gru(params, x, lengths=lengths, **options))
@@ -206,7 +206,7 @@ def test_symbolic_time_refuses_what_needs_a_number_of_steps(options):
     (t,) = export.symbolic_shape("t")
     with pytest.raises(ValueError, match="time axis is symbolic"):
         export.export(jax.jit(lambda x: gru_jax.gru(params, x, **options)))(
-            jax.ShapeDtypeStruct((2, t, I), jnp.float32)
+            jax.ShapeDtypeStruct((2, t, INPUTS), jnp.float32)
         )
 
 

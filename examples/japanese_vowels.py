@@ -42,7 +42,6 @@ from rich.progress import BarColumn, Progress, TimeElapsedColumn
 
 import gru_jax.linen
 import gru_jax.nnx
-from gru_jax import ragged
 
 CHANNELS, SPEAKERS = 12, 9
 BATCH_SIZE = 32
@@ -75,7 +74,7 @@ def load() -> tuple[Recordings, Recordings]:
     from aeon.datasets import load_japanese_vowels
 
     def read(part: str) -> Recordings:
-        sequences, labels = load_japanese_vowels(split=part)
+        sequences, labels = load_japanese_vowels(split=part)[:2]
         steps_first = [np.asarray(sequence.T, np.float32) for sequence in sequences]
         return Recordings(steps_first, labels.astype(int) - 1)
 
@@ -100,7 +99,10 @@ def prepare(training: Recordings, other: Recordings) -> tuple[Padded, Padded]:
     mean, deviation = steps.mean(axis=0), steps.std(axis=0)
 
     def scale_and_pad(part: Recordings) -> Padded:
-        x, lengths = ragged.pad([(sequence - mean) / deviation for sequence in part.sequences])
+        lengths = np.array([len(sequence) for sequence in part.sequences])
+        x = np.zeros((len(lengths), lengths.max(), CHANNELS), np.float32)
+        for row, sequence in zip(x, part.sequences, strict=True):
+            row[: len(sequence)] = (sequence - mean) / deviation
         return Padded(jnp.asarray(x), jnp.asarray(lengths), jnp.asarray(part.labels))
 
     return scale_and_pad(training), scale_and_pad(other)

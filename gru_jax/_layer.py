@@ -148,7 +148,7 @@ def as_params(options: CellOptions, leaves: Mapping[str, Any]) -> GRUParams:
     """The leaves as `GRUParams`, in the layer's `dtype` if any."""
     if options.dtype is not None:
         leaves = {name: jnp.asarray(leaf, options.dtype) for name, leaf in leaves.items()}
-    arrays = dict.fromkeys(LEAF_NAMES) | dict(leaves)  # the core says what is missing
+    arrays: dict[str, Any] = {name: leaves.get(name) for name in LEAF_NAMES}
     return GRUParams(**arrays, **{name: getattr(options, name) for name in OPTION_CHECKS})
 
 

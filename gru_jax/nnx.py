@@ -26,7 +26,7 @@ nnx.register_variable_name("state", HiddenState)
 
 
 @dataclasses.dataclass(eq=False, repr=False)
-class _Owner(CellOptions):
+class _Owner(CellOptions, nnx.Module):
     """Draws the learnables or takes those given, and lets an array be assigned to them."""
 
     _: dataclasses.KW_ONLY
@@ -61,7 +61,7 @@ class _Owner(CellOptions):
 
 
 @dataclasses.dataclass(eq=False, repr=False)
-class GRULayer(_Owner, LayerOptions, nnx.Module):
+class GRULayer(_Owner, LayerOptions):
     """A GRU over sequences, for Flax nnx.
 
     Options, all keywords but the first: those of `gru_jax.LayerOptions` and `gru_jax.CellOptions`,

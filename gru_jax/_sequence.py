@@ -201,7 +201,8 @@ def _cut(inputs: Inputs, n: int, reverse: bool) -> tuple[Inputs, Inputs]:
     """Whole segments of n steps, (T // n, n, …), and the T % n steps that are processed last."""
     T = inputs.x.shape[0]
     rest = T % n
-    first, second = slice(0, rest if reverse else T - rest), slice(rest if reverse else T - rest, T)
+    border = rest if reverse else T - rest
+    first, second = slice(0, border), slice(border, T)
     whole, last = (second, first) if reverse else (first, second)
     pieces = jax.tree.map(lambda a: a[whole].reshape(T // n, n, *a.shape[1:]), inputs)
     return pieces, jax.tree.map(lambda a: a[last], inputs)

@@ -16,7 +16,7 @@ Recordings of one speaker differ in the means of their channels. Training theref
 recording by a random offset with the covariance of these differences, drawn anew every time. There
 is no other regularisation.
 
-    pip install "gru_jax[examples]"
+    pip install -e ".[examples]"
     python examples/japanese_vowels.py                  # Flax linen
     python examples/japanese_vowels.py --face nnx       # the same figures from Flax nnx
     python examples/japanese_vowels.py --seeds 0-4      # the mean of five runs

@@ -132,7 +132,11 @@ def check_lengths(lengths: Any, mask: Any, shape: tuple) -> jax.Array | None:
     if mask is not None:
         raise ValueError("lengths and mask exclude each other; got both. Fold one into the other.")
     if not isinstance(lengths, jax.Array):
-        lengths = np.asarray(lengths)
+        try:
+            lengths = np.asarray(lengths)
+        except ValueError:
+            raise TypeError(f"lengths must be integers, got {lengths!r}.") from None
+        lengths = lengths if lengths.size else lengths.astype(np.int32)  # [] is float64
     if not jnp.issubdtype(lengths.dtype, jnp.integer):
         raise TypeError(f"lengths must be integers, got {lengths.dtype}.")
     if lengths.shape != shape[:-1]:

@@ -40,8 +40,7 @@ Parts = tuple[jax.Array, jax.Array, jax.Array]
 def gru_cell(params: GRUParams, h: jax.Array, x: jax.Array, *, precision: Any = None) -> jax.Array:
     """Takes one step of a GRU: the new hidden state from the old one and one input.
 
-    The GRU of Cho et al. 2014, with the update gate in the place where PyTorch, ONNX and MATLAB
-    have it (z keeps the old state)::
+    The GRU of Cho et al. 2014. As there, and in PyTorch, ONNX and MATLAB, z keeps the old state::
 
         r_t = σ_g(W_r x_t + b_Wr + R_r h_{t-1} [+ b_Rr])
         z_t = σ_g(W_z x_t + b_Wz + R_z h_{t-1} [+ b_Rz])
@@ -147,10 +146,10 @@ def step(eq: Equations, rec: Recurrent, h: jax.Array, x: Parts) -> jax.Array:
 def coefficients(eq: Equations, rec: Recurrent, h: jax.Array, x: Parts) -> tuple[jax.Array, ...]:
     """The coefficients of the linear map dh_{t-1} → dh_t that `linear_step` applies.
 
-    With σ' the derivatives at step t, c_r = σ_g'(r) and so on:
+    σ_g' and σ_s' are the slopes at the arguments of the gate in question:
 
-        reset after:   z,  C = [(1−z) σ_s' (R_h̃ h + b) σ_g',  (h − h̃) σ_g',  (1−z) σ_s' r]
-        reset before:  z,  r,  h σ_g',  (h − h̃) σ_g',  (1−z) σ_s'
+        reset after:   z,  C = [(1−z) σ_s' (R_h̃ h + b) σ_g'(r),  (h − h̃) σ_g'(z),  (1−z) σ_s' r]
+        reset before:  z,  r,  c_r = h σ_g'(r),  c_z = (h − h̃) σ_g'(z),  c_n = (1−z) σ_s'
     """
     x_r, x_z, x_n = x
     Rh = times(rec.weights, project(eq, rec, h), eq.precision)

@@ -17,7 +17,7 @@ def choice(option: str, value: Any, names: Collection[str], *, or_callable: bool
         return value
     if isinstance(value, str):
         for name in names:
-            if value.replace("-", "") == name.replace("-", ""):
+            if value in (name, name.replace("-", "")):
                 return name
     listed = ", ".join(repr(name) for name in names)
     raise ValueError(
@@ -83,7 +83,7 @@ def size(option: str, value: Any, default: Any) -> Any:
 
 def flag(option: str, value: Any) -> bool:
     """Returns `value` as a bool if it is True, False, 1 or 0."""
-    if isinstance(value, bool | np.bool_) or (isinstance(value, int) and value in (0, 1)):
+    if isinstance(value, bool | int | np.bool_ | np.integer) and value in (0, 1):
         return bool(value)
     raise TypeError(f"{option} must be True or False, got {value!r}.")
 
@@ -96,7 +96,7 @@ def factor(option: str, value: Any, *, per_gate: bool) -> float | tuple[float, .
         else "; a projector serves all three gates, so it takes no triple"
     )
     try:
-        numbers = tuple(float(v) for v in value) if hasattr(value, "__len__") else float(value)
+        numbers = tuple(float(v) for v in value) if np.ndim(value) else float(value)
     except (TypeError, ValueError):
         raise TypeError(f"{option} must be {allowed}, got {value!r}.") from None
     triple = numbers if isinstance(numbers, tuple) else (numbers,)
@@ -122,7 +122,7 @@ def real_dtype(option: str, dtype: Any) -> jnp.dtype:
 
 def initial_state(value: Any, num_hidden_units: int) -> tuple[float, ...] | None:
     """Returns `hidden_state` as a tuple of H floats, or None where it is empty."""
-    if value is None or (hasattr(value, "__len__") and len(value) == 0):
+    if value is None or (np.ndim(value) == 1 and len(value) == 0):
         return None
     expected = f"hidden_state must be {num_hidden_units} finite numbers (num_hidden_units)"
     try:

@@ -1,5 +1,6 @@
 """The initialisers of the pages, by name. All act on the whole stacked array, not gate by gate."""
 
+import functools
 import hashlib
 from collections.abc import Callable
 from typing import Any
@@ -87,7 +88,6 @@ class Given:
         array = array if isinstance(array, jax.Array) else np.array(array)  # a copy
         _checks.real_dtype(name, array.dtype)
         self.name, self.array, self.shape = name, array, tuple(array.shape)
-        self._content = _content(array)
         if len(self.shape) != (1 if name == "bias" else 2):
             raise ValueError(
                 f"{name} must be a {'vector' if name == 'bias' else 'matrix'}, "
@@ -96,7 +96,9 @@ class Given:
 
     def __call__(self, key: Any, shape: tuple, dtype: Any) -> jax.Array:
         self.check(shape)
-        return jnp.asarray(self.array).astype(dtype)
+        return jnp.array(
+            self.array, dtype, copy=True
+        )  # donating the layer leaves the caller's alone
 
     def check(self, shape: tuple | None) -> None:
         """Raises ValueError unless the array has this shape; None in it stands for any size."""
@@ -107,6 +109,13 @@ class Given:
                 return
         raise ValueError(wrong_shape(self.name, shape, self.shape))
 
+    @functools.cached_property
+    def _content(self) -> tuple:
+        shape, dtype = self.shape, str(self.array.dtype)
+        if isinstance(self.array, jax.core.Tracer):
+            return (shape, dtype, id(self.array))
+        return (shape, dtype, hashlib.sha256(np.asarray(self.array).tobytes()).hexdigest())
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Given) and self._content == other._content
 
@@ -115,13 +124,6 @@ class Given:
 
     def __repr__(self) -> str:
         return f"<given {self.name} {self.shape}>"
-
-
-def _content(array: Any) -> tuple:
-    shape, dtype = tuple(array.shape), str(array.dtype)
-    if isinstance(array, jax.core.Tracer):
-        return (shape, dtype, id(array))
-    return (shape, dtype, hashlib.sha256(np.asarray(array).tobytes()).hexdigest())
 
 
 def init_params(

@@ -12,7 +12,7 @@ from gru_jax._cell import gru_cell
 from gru_jax._initializers import Given, init_leaf
 from gru_jax._options import CellOptions, LayerOptions
 from gru_jax._params import LEAF_NAMES, LEAVES, OPTION_CHECKS, GRUParams, Leaf
-from gru_jax._sequence import gru
+from gru_jax._sequence import Options, run
 
 MERGES = ("concat", "sum", "mul", "ave")
 
@@ -108,20 +108,18 @@ def call_layer(
     Returns:
       What the call returns, and the final state, (*batch, H).
     """
-    y, final = gru(
-        as_params(options, leaves),
-        x,
-        _start(options, hidden, stored, x),
-        output_mode=options.output_mode,
-        lengths=lengths,
-        mask=mask,
-        resets=resets,
-        reverse=options.reverse,
-        unroll=options.unroll,
-        checkpoint=options.checkpoint,
-        precision=options.precision,
-        implementation=options.implementation,
-    )
+    params = as_params(options, leaves)
+    channels = _arguments.sizes_of(params).input_size
+    if options.data_format != "BTC" and x.shape[-1] != channels:
+        raise ValueError(
+            f"x must have input_size = {channels} channels; read by data_format "
+            f"{options.data_format!r}, as (*batch, time, channels), it has shape {x.shape}. "
+            "Name the axes as they are."
+        )
+    how = Options(*(getattr(options, name) for name in Options._fields))
+    start = _start(options, hidden, stored, x)
+    back = stored_state(options) if options.stateful and resets is not None else None
+    y, final = run(how, params, x, start, back, lengths, mask, resets)
     y = formats.from_core(y, options.data_format, options.output_mode)
     if not options.has_state_outputs:
         return y, final
@@ -149,7 +147,16 @@ def as_params(options: CellOptions, leaves: Mapping[str, Any]) -> GRUParams:
     if options.dtype is not None:
         leaves = {name: jnp.asarray(leaf, options.dtype) for name, leaf in leaves.items()}
     arrays: dict[str, Any] = {name: leaves.get(name) for name in LEAF_NAMES}
-    return GRUParams(**arrays, **{name: getattr(options, name) for name in OPTION_CHECKS})
+    params = GRUParams(**arrays, **{name: getattr(options, name) for name in OPTION_CHECKS})
+    sizes = _arguments.sizes_of(params)
+    for name in ("num_hidden_units", "input_size"):
+        wanted, found = getattr(options, name), getattr(sizes, name)
+        if wanted not in ("auto", found):
+            raise ValueError(
+                f"{name} of this {type(options).__name__} is {wanted}, but its learnables are made "
+                f"for {found}: {params}."
+            )
+    return params
 
 
 def stored_state(options: CellOptions, batch_shape: tuple[int, ...] = ()) -> jax.Array:
@@ -168,8 +175,9 @@ def _start(options: LayerOptions, hidden: Any, stored: Any, x: jax.Array) -> Any
                 "hidden is missing: has_state_inputs is True, so call layer(x, hidden)."
             )
         hidden = _arguments.as_floating("hidden", hidden)
-        port = formats.state_to_core(hidden, options.data_format)
-        return _arguments.check_state("hidden", port, x.shape[:-2], options.num_hidden_units)
+        if options.data_format != "BTC" and hidden.ndim != 1:
+            hidden = _port_to_core(options, hidden, x.shape[0])
+        return _arguments.check_state("hidden", hidden, x.shape[:-2], options.num_hidden_units)
     if hidden is not None:
         raise ValueError("hidden was given, but has_state_inputs is False; make the layer with it.")
     if stored is not None:
@@ -190,6 +198,19 @@ def state_pair(options: BidirectionalOptions, hidden: Any) -> tuple[Any, Any]:
     if not isinstance(hidden, tuple | list) or len(hidden) != 2:
         raise ValueError("hidden of a bidirectional layer must be a pair (forward, backward).")
     return hidden[0], hidden[1]
+
+
+def _port_to_core(options: LayerOptions, hidden: jax.Array, batch: int) -> jax.Array:
+    """A state in the format of the "last" output, as (batch, H)."""
+    letters = formats.output_format(options.data_format, "last")
+    sizes = {"B": batch, "C": options.num_hidden_units}
+    expected = tuple(sizes[letter] for letter in letters)
+    if hidden.shape != expected:
+        raise ValueError(
+            f"hidden must have shape {expected}, axes {letters!r} for data_format "
+            f"{options.data_format!r}, or ({options.num_hidden_units},); got {hidden.shape}."
+        )
+    return jnp.moveaxis(hidden, letters.index("C"), -1)
 
 
 def merge(options: BidirectionalOptions, forward: Any, backward: Any) -> Any:

@@ -1,7 +1,6 @@
 """The options of all layers and cells: their names, defaults and constraints, in one place.
 
-Plain dataclasses that know no framework; `gru_jax.linen` and `gru_jax.nnx` mix them into their
-modules. Every value is checked when it is set, and stored in a hashable form.
+Plain dataclasses, mixed into the Flax modules. Values are checked when set, and stored hashable.
 """
 
 import dataclasses
@@ -30,7 +29,7 @@ class CellOptions:
     """What a cell is made from; H hidden units, I input channels, P_i and P_o projector sizes.
 
     Args:
-      num_hidden_units: H: the amount of information kept between time steps, and the width of the
+      num_hidden_units: H: the amount of information kept between steps, and the width of the
         output. It does not limit the number of steps; too many units overfit.
       output_projector_size: P_o; fewer learnables below 3H/4. None for no projector.
       input_projector_size: P_i; fewer learnables below 3HI/(3H + I). None for no projector.
@@ -51,7 +50,7 @@ class CellOptions:
       input_projector: initial value, (I, P_i).
       output_projector: initial value, (H, P_o).
       input_weights_learn_rate_factor: multiplies the current global learning rate: a number, or
-        three for (reset, update, candidate). Acts through `gru_jax.optim`.
+        three for (reset, update, candidate). Kept for an optimiser to read.
       recurrent_weights_learn_rate_factor: likewise.
       bias_learn_rate_factor: likewise; a triple serves both halves of a (6H,) bias.
       input_projector_learn_rate_factor: a number.
@@ -61,8 +60,7 @@ class CellOptions:
       bias_l2_factor: likewise; 0 by default.
       input_projector_l2_factor: a number.
       output_projector_l2_factor: a number.
-      input_weights_metadata: metadata of the variable, such as {"out_sharding": ("hidden", None)};
-        linen knows only "out_sharding".
+      input_weights_metadata: of the variable: {"out_sharding": ("hidden", None)}, or more in nnx.
       recurrent_weights_metadata: likewise.
       bias_metadata: likewise.
       input_projector_metadata: likewise.
@@ -123,7 +121,7 @@ class CellOptions:
         super().__setattr__(name, CHECKS[name](name, value) if name in CHECKS else value)
 
     def settle(self) -> None:
-        """Fits the sizes to given arrays, and checks what no option can check alone."""
+        """Fits the sizes to given arrays and checks that they fit each other."""
         given = {name: getattr(self, f"{name}_initializer") for name in LEAF_NAMES}
         given = {name: value for name, value in given.items() if isinstance(value, Given)}
         for side in ("input", "output"):
@@ -133,8 +131,7 @@ class CellOptions:
         if self.input_size == "auto":
             source, axis = ("weights", 1) if self.input_projector_size is None else ("projector", 0)
             if f"input_{source}" in given:
-                size = given[f"input_{source}"].shape[axis]
-                object.__setattr__(self, "input_size", size)
+                object.__setattr__(self, "input_size", given[f"input_{source}"].shape[axis])
         sizes = self.sizes(None if self.input_size == "auto" else self.input_size)
         for leaf in LEAVES:
             if leaf.name in given:
@@ -152,8 +149,9 @@ class CellOptions:
         )
 
     def known_leaves(self) -> Mapping[str, Any]:
-        """Returns the learnables that exist already, by name; a face says where they are."""
-        return {}
+        """Returns the learnables that exist already, by name; a face knows those it has made."""
+        initializers = {name: getattr(self, f"{name}_initializer") for name in LEAF_NAMES}
+        return {name: g.array for name, g in initializers.items() if isinstance(g, Given)}
 
     def __str__(self) -> str:
         return display(self, self.known_leaves())
@@ -198,6 +196,8 @@ class LayerOptions(CellOptions):
                     "hidden_state must be None where has_state_inputs is True: the state then "
                     "comes in as the second argument of each call."
                 )
+        if name == "stateful" and value and self.has_state_inputs:
+            raise ValueError("stateful must be False where has_state_inputs is True.")
         super().__setattr__(name, value)
 
     @property

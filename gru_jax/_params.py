@@ -1,4 +1,4 @@
-"""The learnables of a GRU: the one table of leaves, the parameter tuple, and how it is drawn."""
+"""The learnables of a GRU: the one table of leaves, and the parameter tuple."""
 
 import dataclasses
 from collections.abc import Callable
@@ -117,7 +117,8 @@ class GRUParams:
         "recurrent-bias-after-multiplication"; see `gru_jax.gru_cell`. Hyphens may be left out.
       state_activation_function: "tanh" (default), "softsign" or an elementwise function.
       gate_activation_function: "sigmoid" (default), "hard-sigmoid" or an elementwise function. A
-        function must be pure, and one object defined once: another object compiles anew.
+        function must be pure, differentiable in forward mode (jax.custom_jvp, not custom_vjp), and
+        one object defined once: another object compiles anew.
 
     Raises:
       ValueError: one of the three options is unknown, or a function is not elementwise. Arrays are
@@ -202,7 +203,8 @@ def num_learnables(params: Any) -> int:
     """Counts the learnable numbers in parameters, of a GRU or of a whole model.
 
     Args:
-      params: `GRUParams`, or any pytree of arrays or of shapes.
+      params: `GRUParams`, or any pytree of arrays or of shapes: of a model in linen
+        `variables["params"]`, in nnx `nnx.state(model, nnx.Param)`. Every leaf is counted.
 
     Returns:
       The sum of the sizes of all leaves.

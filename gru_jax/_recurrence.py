@@ -88,10 +88,15 @@ def _rule(loop: Loop, primals: tuple, tangents: tuple) -> tuple:
     hs, last = states(loop, rec, ends, steps)
     hs = checkpoint_name(hs, STATES)
     starts = _where(steps.reset, _for_all(ends.back, hs), _previous(loop, ends.enter, hs))
+    # What a skipped step would compute counts for nothing, so it is computed where it is finite:
+    # 0 · NaN in the transposed loop would count.
+    starts = _where(steps.skip, 0.0, starts)
+    x_r, x_z, x_n = (_where(steps.skip, 0.5, part) for part in steps.x)
+    x = (x_r, x_z, x_n)
 
     at_starts = partial(step, loop.equations)
-    _, u = jax.jvp(lambda rec, x: at_starts(rec, starts, x), (rec, steps.x), (d_rec, d_steps.x))
-    coef = coefficients(loop.equations, rec, starts, steps.x)
+    _, u = jax.jvp(lambda rec, x: at_starts(rec, starts, x), (rec, x), (d_rec, d_steps.x))
+    coef = coefficients(loop.equations, rec, starts, x)
 
     def body(emit: Any, dh: jax.Array, now: tuple) -> tuple:
         coef, u, skip, reset = now
@@ -117,7 +122,7 @@ def _previous(loop: Loop, enter: jax.Array, hs: jax.Array) -> jax.Array:
     return lax.concatenate(pair, 0)
 
 
-def _where(condition: jax.Array | None, yes: jax.Array, no: jax.Array) -> jax.Array:
+def _where(condition: jax.Array | None, yes: jax.Array | float, no: jax.Array) -> jax.Array:
     """jnp.where; no condition at all means False everywhere."""
     return no if condition is None else jnp.where(condition, yes, no)
 

@@ -21,6 +21,7 @@ class Options(NamedTuple):
     unroll: int
     checkpoint: int | str | None
     precision: Any
+    implementation: str | None
 
 
 class Inputs(NamedTuple):
@@ -65,13 +66,14 @@ def gru(
       lengths: integers in 0..T, shape (*batch,): right padding begins there. Checked where they
         are concrete; under `jit` they are clamped to 0..T. Length 0 gives h0.
       mask: booleans, shape (*batch, T), False at steps to skip, in any pattern. Not with `lengths`.
-      resets: booleans, shape (*batch, T): before such a step the state returns to h0.
+      resets: booleans, shape (*batch, T): before such a step the state returns to h0, whatever
+        h0 is: where a long sequence comes in chunks, that is the state handed on.
       reverse: process from each sequence's own last step to its first; outputs stay aligned with
         inputs, "last" and `hidden` are the last in the order of processing.
       unroll: steps per iteration of the loop, as in `jax.lax.scan`.
       checkpoint: what the backward pass keeps. None: all that it needs. 1: the state of every step,
         recomputing the gates. An integer n > 1: the state at every n-th step, recomputing
-        everything in between. "sqrt": n = ⌈√T⌉.
+        everything in between; weight gradients then add up once per n steps. "sqrt": n = ⌈√T⌉.
       precision: of the matrix products, as in `jax.lax.dot_general`.
       implementation: None to choose, or "scan".
 
@@ -82,7 +84,8 @@ def gru(
         a sequence run in chunks gives what one run gives.
 
     Raises:
-      TypeError: `x` or `h0` is not floating-point, flags are not booleans, lengths not integers.
+      TypeError: `params` are no `GRUParams`, `x` or `h0` is not floating-point, flags are not
+        booleans, lengths not integers.
       ValueError: shapes do not fit, an option is unknown, lengths leave 0..T, or both `lengths`
         and `mask` are given.
 
@@ -97,40 +100,50 @@ def gru(
       >>> y.shape, hidden.shape, bool((y[1, 4:] == 0).all()), bool((y[1, 3] == hidden[1]).all())
       ((2, 7, 5), (2, 5), True, True)
     """
+    options = Options(output_mode, reverse, unroll, checkpoint, precision, implementation)
+    return run(options, params, x, h0, None, lengths, mask, resets)
+
+
+def run(
+    options: Options, params: GRUParams, x: Any, h0: Any, back: Any,
+    lengths: Any, mask: Any, resets: Any,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    """`gru` where resets return to the state `back`, if given, as a stateful layer needs it."""
     sizes = _arguments.sizes_of(params)
     x = _arguments.check_x(x, sizes, ndim=2)
-    steps_shape = x.shape[:-1]
+    shape, H = x.shape[:-1], sizes.num_hidden_units
     if h0 is not None:
-        h0 = _arguments.check_state("h0", h0, x.shape[:-2], sizes.num_hidden_units)
-    lengths = _arguments.check_lengths(lengths, mask, steps_shape)
-    mask = _arguments.check_flags("mask", mask, steps_shape)
-    resets = _arguments.check_flags("resets", resets, steps_shape)
-    _checks.implementation("implementation", implementation)
-    options = Options(
-        _checks.output_mode("output_mode", output_mode),
-        _checks.flag("reverse", reverse),
-        _checks.positive_int("unroll", unroll),
-        _checks.checkpoint("checkpoint", checkpoint),
-        _checks.precision("precision", precision),
+        h0 = _arguments.check_state("h0", h0, shape[:-1], H)
+    if back is not None:
+        back = _arguments.check_state("hidden_state", back, shape[:-1], H)
+    lengths = _arguments.check_lengths(lengths, mask, shape)
+    mask = _arguments.check_flags("mask", mask, shape)
+    resets = _arguments.check_flags("resets", resets, shape)
+    return _gru(_checked(options, shape[-1]), params, x, h0, back, lengths, mask, resets)
+
+
+def _checked(options: Options, T: Any) -> Options:
+    stored = Options(
+        _checks.output_mode("output_mode", options.output_mode),
+        _checks.flag("reverse", options.reverse),
+        _checks.positive_int("unroll", options.unroll),
+        _checks.checkpoint("checkpoint", options.checkpoint),
+        _checks.precision("precision", options.precision),
+        _checks.implementation("implementation", options.implementation),
     )
-    if not isinstance(x.shape[-2], int) and (unroll > 1 or checkpoint not in (None, 1)):
+    if not isinstance(T, int) and (stored.unroll > 1 or stored.checkpoint not in (None, 1)):
         raise ValueError(
-            f"unroll = {unroll} and checkpoint = {checkpoint!r} need a fixed number of steps, but "
-            f"the time axis is symbolic ({x.shape[-2]}): pass unroll=1 and checkpoint=None or 1."
+            f"unroll = {stored.unroll} and checkpoint = {stored.checkpoint!r} need a fixed number "
+            f"of steps, but the time axis is symbolic ({T}): pass unroll=1, checkpoint=None or 1."
         )
-    return _gru(options, params, x, h0, lengths, mask, resets)
+    return stored
 
 
 @partial(jax.jit, static_argnums=0)
 def _gru(
-    options: Options,
-    params: GRUParams,
-    x: jax.Array,
-    h0: jax.Array | None,
-    lengths: jax.Array | None,
-    mask: jax.Array | None,
-    resets: jax.Array | None,
-) -> tuple[jax.Array, jax.Array]:
+    options: Options, params: GRUParams, x: jax.Array, h0: Any, back: Any,
+    lengths: Any, mask: Any, resets: Any,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     result, dtype = _arguments.result_dtypes(x, *params.arrays().values())
     params, x = jax.tree.map(lambda a: a.astype(dtype), (params, x))
     T, H = x.shape[-2], params.recurrent_weights.shape[0] // 3
@@ -145,7 +158,8 @@ def _gru(
     reset = None if resets is None else _time_first(resets[..., None])
     x = _time_first(x) if skip is None else jnp.where(skip, 0.0, _time_first(x))
     h0 = _typed(params, h0, x[0], options.precision)
-    hs, hidden = _segments(options, params, h0, Inputs(x, skip, reset))
+    ends = Ends(h0, h0 if back is None else back.astype(dtype))
+    hs, hidden = _segments(options, params, ends, Inputs(x, skip, reset))
     if hs is None:
         return hidden.astype(result), hidden
     y = hs if skip is None else jnp.where(skip, 0.0, hs)
@@ -168,30 +182,30 @@ def _time_first(a: jax.Array) -> jax.Array:
 
 
 def _segments(
-    options: Options, params: GRUParams, h0: jax.Array, inputs: Inputs
+    options: Options, params: GRUParams, ends: Ends, inputs: Inputs
 ) -> tuple[jax.Array | None, jax.Array]:
     """Runs all time in one piece, or in pieces whose inner states the backward pass recomputes."""
-    run = partial(_piece, options, params, h0)
+    piece = partial(_piece, options, params)
     if options.checkpoint is None:
-        return run(h0, inputs)
+        return piece(ends, inputs)
     if options.checkpoint == 1:
         policy = jax.checkpoint_policies.save_only_these_names(STATES)
-        return jax.checkpoint(run, policy=policy)(h0, inputs)
+        return jax.checkpoint(piece, policy=policy)(ends, inputs)
 
     T = inputs.x.shape[0]
     n = math.ceil(math.sqrt(T)) if isinstance(options.checkpoint, str) else options.checkpoint
     n = min(n, T)
     whole, rest = _cut(inputs, n, options.reverse)
 
-    def body(h: jax.Array, piece: Inputs) -> tuple:
-        hs, h = jax.checkpoint(run)(h, piece)
+    def body(h: jax.Array, now: Inputs) -> tuple:
+        hs, h = jax.checkpoint(piece)(Ends(h, ends.back), now)
         return h, hs
 
-    h, hs = lax.scan(body, h0, whole, reverse=options.reverse)
-    tail, h = jax.checkpoint(run)(h, rest) if T % n else (None, h)
+    h, hs = lax.scan(body, ends.enter, whole, reverse=options.reverse)
+    tail, h = jax.checkpoint(piece)(Ends(h, ends.back), rest) if T % n else (None, h)
     if hs is None:
         return None, h
-    hs = hs.reshape(-1, *hs.shape[2:])
+    hs = hs.reshape(T - T % n, *hs.shape[2:])
     if tail is not None:
         hs = lax.concatenate((tail, hs) if options.reverse else (hs, tail), 0)
     return hs, h
@@ -209,13 +223,13 @@ def _cut(inputs: Inputs, n: int, reverse: bool) -> tuple[Inputs, Inputs]:
 
 
 def _piece(
-    options: Options, params: GRUParams, back: jax.Array, enter: jax.Array, inputs: Inputs
+    options: Options, params: GRUParams, ends: Ends, inputs: Inputs
 ) -> tuple[jax.Array | None, jax.Array]:
     """Runs the recurrence over some steps, time first."""
     eq = _cell.equations(params, options.precision)
     steps = Steps(_cell.input_parts(params, inputs.x, eq.precision), inputs.skip, inputs.reset)
     loop = Loop(eq, options.reverse, options.unroll)
-    arguments = (loop, _cell.recurrent(params), Ends(enter, back), steps)
+    arguments = (loop, _cell.recurrent(params), ends, steps)
     if options.output_mode == "last":
         return None, last_state(*arguments)
     return states(*arguments)

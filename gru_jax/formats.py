@@ -114,11 +114,9 @@ def to_core(x: jax.Array, data_format: str) -> jax.Array:
     axes = {letter: _axes(data_format, letter) for letter in LETTERS}
     flattened = axes["C"] + axes["S"][::-1]
     x = jnp.transpose(x, axes["U"] + axes["B"] + axes["T"] + flattened)
-    sizes = [x.shape[i] for i in range(x.ndim)][len(axes["U"]) :]
-    kept = len(axes["B"]) + len(axes["T"])
-    channels = math.prod(sizes[kept:])
-    time = sizes[len(axes["B"]) : kept] or [1]
-    return x.reshape(*sizes[: len(axes["B"])], *time, channels)
+    u, b, t = (len(axes[letter]) for letter in "UBT")
+    batch, time, rest = x.shape[u : u + b], x.shape[u + b : u + b + t], x.shape[u + b + t :]
+    return x.reshape(*batch, *(time or (1,)), math.prod(rest))
 
 
 def from_core(y: jax.Array, data_format: str, output_mode: str = "sequence") -> jax.Array:
@@ -144,27 +142,6 @@ def from_core(y: jax.Array, data_format: str, output_mode: str = "sequence") -> 
     target = output_format(data_format, output_mode)
     core = "".join(letter for letter in "BTC" if letter in target)
     return jnp.transpose(y, [core.index(letter) for letter in target])
-
-
-def state_to_core(hidden: jax.Array, data_format: str) -> jax.Array:
-    """Returns a state port, in the format of the "last" output, as (*batch, H).
-
-    Args:
-      hidden: the state as the port has it, for example (H, batch) for "CBT".
-      data_format: format of the layer's input.
-
-    Returns:
-      The state with the channels last.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> state_to_core(jnp.ones((100, 32)), "CBT").shape
-      (32, 100)
-    """
-    letters = output_format(data_format, "last")
-    if data_format == "BTC" or hidden.ndim != len(letters):  # (H,) for all, or a wrong shape
-        return hidden
-    return jnp.moveaxis(hidden, letters.index("C"), -1)
 
 
 def channel_axis(data_format: str, output_mode: str = "sequence") -> int:

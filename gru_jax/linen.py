@@ -38,8 +38,8 @@ class GRULayer(LayerOptions, nn.Module, kw_only=True):
     where each is described, and linen's `name`. The equations stand at `gru_jax.gru_cell`, the
     meaning of lengths, masks and resets at `gru_jax.gru`. The input size comes from the first
     input. A call changes nothing unless `stateful` is True: then the state is kept in the
-    collection "state", which `apply(..., mutable=["state"])` returns and
-    `gru_jax.linen.reset_state` clears; `init` does not make it.
+    collection "state", which `apply(..., mutable=["state"])` returns (without `mutable` it is read
+    and not written) and `gru_jax.linen.reset_state` clears; `init` does not make it.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -90,7 +90,12 @@ class GRUProjectedLayer(ProjectedLayerOptions, GRULayer, kw_only=True):
     """A GRU with learnable projectors, for Flax linen: W' (Q_iᵀ x) and R' (Q_oᵀ h).
 
     It stores 4·H·P_o numbers instead of 3H², and (3H + I)·P_i instead of 3H·I, and keeps the width
-    of its output. Options and calls are those of `GRULayer`.
+    of its output. Other options, and calls, are those of `GRULayer`.
+
+    Args:
+      num_hidden_units: H.
+      output_projector_size: P_o; output before input, as on the pages.
+      input_projector_size: P_i.
 
     Example:
       >>> import jax, jax.numpy as jnp, gru_jax
@@ -180,7 +185,7 @@ def reset_state(variables: Mapping[str, Any]) -> dict[str, Any]:
       variables: what `init` or `apply(..., mutable=["state"])` gave, with a collection "state".
 
     Returns:
-      A copy without the stored states of GRU layers; all else is kept.
+      A copy without the variables named "hidden_state" in that collection; all else is kept.
 
     Example:
       >>> reset_state({"params": {}, "state": {"hidden_state": 1.0}})
@@ -221,6 +226,7 @@ def _init(module: Any, leaf: Leaf, sizes: Sizes, key: jax.Array) -> Any:
     draw = partial(init_leaf, leaf, getattr(module, f"{leaf.name}_initializer"))
     metadata = dict(getattr(module, f"{leaf.name}_metadata") or {})
     names = metadata.pop("out_sharding", None)
+    names = (names,) if isinstance(names, str) else names
     if metadata:
         raise ValueError(
             f"{leaf.name}_metadata may hold only 'out_sharding' in linen, got {sorted(metadata)}."
@@ -231,4 +237,5 @@ def _init(module: Any, leaf: Leaf, sizes: Sizes, key: jax.Array) -> Any:
 
 
 def _known(module: Any) -> Mapping[str, Any]:
-    return nn.meta.unbox(module.variables.get("params", {})) if module.scope is not None else {}
+    bound = {} if module.scope is None else nn.meta.unbox(module.variables.get("params", {}))
+    return bound or CellOptions.known_leaves(module)

@@ -1,15 +1,14 @@
 """GRU layers for Flax nnx: they own the arrays and call the functional core.
 
-The learnables are `nnx.Param`s under the names of the fields of `GRUParams`; a projector that a
-layer has not is None.
+Learnables are `nnx.Param`s named as the fields of `GRUParams`; an absent projector is None.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from gru_jax import _layer
@@ -22,7 +21,8 @@ class HiddenState(nnx.Variable):
     """The state that a layer with `stateful=True` keeps between calls."""
 
 
-nnx.register_variable_name("state", HiddenState)
+with contextlib.suppress(ValueError):  # the name may be taken; only Flax's bridge would use it
+    nnx.register_variable_name("state", HiddenState)
 
 
 @dataclasses.dataclass(eq=False, repr=False)
@@ -35,24 +35,25 @@ class _Owner(CellOptions, nnx.Module):
 
     def __post_init__(self, rngs: nnx.Rngs | None) -> None:
         self.settle()
+        if not isinstance(rngs, nnx.Rngs | None):
+            raise TypeError(f"rngs must be an nnx.Rngs, such as nnx.Rngs(0), got {rngs!r}.")
         for leaf, value in _layer.initial_leaves(self, None if rngs is None else rngs.params):
-            metadata = dict(getattr(self, f"{leaf.name}_metadata") or {})
-            absent = nnx.data(None)
-            setattr(self, leaf.name, absent if value is None else nnx.Param(value, **metadata))
-            if isinstance(getattr(self, f"{leaf.name}_initializer"), Given):
-                # the array lives in its Param from now on
+            data = dict(getattr(self, f"{leaf.name}_metadata") or {})
+            setattr(self, leaf.name, nnx.data(None) if value is None else nnx.Param(value, **data))
+            if isinstance(getattr(self, f"{leaf.name}_initializer"), Given):  # now in its Param
                 object.__setattr__(self, f"{leaf.name}_initializer", leaf.initializer)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        current = vars(self).get(name)
-        plain = value is not None and not isinstance(value, nnx.Variable)
-        if name in LEAF_NAMES and isinstance(current, nnx.Variable) and plain:
-            given = Given(name, value)
-            current[...] = given(None, current[...].shape, current[...].dtype)
-        elif name in LEAF_NAMES and "_settled" in vars(self):
+        if name not in LEAF_NAMES or "_settled" not in vars(self):
+            super().__setattr__(name, value)
+        elif value is None or isinstance(value, nnx.Variable | dataclasses.Field):  # of nnx.data
             nnx.Module.__setattr__(self, name, value)
         else:
-            super().__setattr__(name, value)
+            given, current = Given(name, value), vars(self).get(name)
+            if current is None:
+                setattr(self, name, nnx.Param(given(None, given.shape, self.param_dtype)))
+            else:
+                current[...] = given(None, current[...].shape, current[...].dtype)
 
     def known_leaves(self) -> dict[str, Any]:
         """Returns the learnables that are present, by name."""
@@ -68,13 +69,10 @@ class GRULayer(_Owner, LayerOptions):
     where each is described, and the two below. The equations stand at `gru_jax.gru_cell`, the
     meaning of lengths, masks and resets at `gru_jax.gru`.
 
-    A call changes nothing unless
-    `stateful` is True: then the state is kept in the variable `state`, a `HiddenState`.
-    Transformations of nnx carry its changes on; plain `jax.jit` drops them without a word: there,
-    use `has_state_inputs` and `has_state_outputs`.
-
-    Learnables, `hidden_state`, factors and `name` can be assigned; what the pages call read-only
-    raises AttributeError.
+    A call changes nothing unless `stateful` is True: then the state is kept in the variable
+    `state`, a `HiddenState`. Transformations of nnx carry its changes on; plain `jax.jit` drops
+    them without a word: there, use `has_state_inputs` and `has_state_outputs`. Learnables,
+    `hidden_state`, factors and `name` can be assigned; read-only options cannot.
 
     Args:
       name: a name for display.
@@ -144,7 +142,8 @@ class GRUProjectedLayer(_layer.ProjectedLayerOptions, GRULayer):
     """A GRU with learnable projectors, for Flax nnx: W' (Q_iᵀ x) and R' (Q_oᵀ h).
 
     It stores 4·H·P_o numbers instead of 3H², and (3H + I)·P_i instead of 3H·I, and keeps the width
-    of its output. Options and calls are those of `GRULayer`.
+    of its output. The first three arguments are `num_hidden_units`, `output_projector_size` and
+    `input_projector_size`, as on the pages; other options, and calls, are those of `GRULayer`.
 
     Example:
       >>> import gru_jax
@@ -192,11 +191,7 @@ class BidirectionalGRULayer(_layer.BidirectionalOptions, nnx.Module):
             setattr(self.backward, name, self.direction(backward=True)[name])
 
     def reset_state(self, batch_shape: tuple[int, ...] = ()) -> None:
-        """Returns the states of both directions to `hidden_state`, or zeros.
-
-        Args:
-          batch_shape: shape of the batch to come; by default the states fit any batch.
-        """
+        """Returns both states to `hidden_state`, or zeros, for a batch of this shape (or any)."""
         self.forward.reset_state(batch_shape)
         self.backward.reset_state(batch_shape)
 
@@ -241,8 +236,10 @@ class GRUCell(_Owner, nnx.RNNCellBase):
         zeros = _layer.stored_state(self, tuple(input_shape[:-1]))
         if carry_init is None:
             return zeros
+        if rngs is None:
+            raise ValueError("rngs is missing, to draw the carry: pass rngs=nnx.Rngs(0).")
         key = rngs.carry() if isinstance(rngs, nnx.Rngs) else rngs()
-        return jnp.asarray(carry_init(key, zeros.shape, zeros.dtype))
+        return carry_init(key, zeros.shape, zeros.dtype)
 
     @property
     def num_feature_axes(self) -> int:

@@ -228,7 +228,7 @@ CASES = [
          "layer(x, hidden)"), PORT, {"x": X}),
     Case("hidden too many", ValueError, ("hidden was given", "has_state_inputs is False"),
          {"has_state_outputs": True}, {"hidden": zeros(B, H)}),
-    Case("hidden's letters", ValueError, ("hidden must have shape (2, 5)", "got (5, 2)"),
+    Case("hidden's letters", ValueError, ("hidden must have shape (5, 2)", "got (2, 5)"),
          {"data_format": "CBT", **PORT}, {"x": zeros(I, B, T), "hidden": zeros(B, H)}),
     # learnables
     Case("weights axes", ValueError, ("input_weights", "got", "shape (15,)"),

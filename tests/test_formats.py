@@ -234,15 +234,6 @@ def test_to_core_and_back_for_any_shape(data_format, data):
         np.testing.assert_array_equal(back, x)
 
 
-def test_transposition_of_states_undoes_itself():
-    for data_format in ("BTC", "CBT", "SCB", "T", "SSTB"):
-        target = formats.output_format(data_format, "last")
-        state = jnp.arange(2.0 * H).reshape(2, H) if "B" in target else jnp.arange(float(H))
-        there = formats.from_core(state, data_format, "last")
-        assert there.shape[target.index("C")] == H
-        np.testing.assert_array_equal(formats.state_to_core(there, data_format), state)
-
-
 @settings(SETTINGS, max_examples=8)
 @given(st.data())
 def test_lengths_of_any_shape_against_the_loop(data):

@@ -33,7 +33,7 @@ EXPORTS = {
         "BidirectionalGRULayer", "GRUCell", "GRULayer", "GRUProjectedLayer", "HiddenState",
     },
     "gru_jax.formats": {
-        "channel_axis", "check", "from_core", "output_format", "state_to_core", "to_core",
+        "channel_axis", "check", "from_core", "output_format", "to_core",
     },
 }  # fmt: skip
 FLOORS = (  # imports point down; within a floor, to files named earlier

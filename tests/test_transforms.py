@@ -86,6 +86,14 @@ def test_no_loop_carries_the_gradient_of_a_weight(mode, projected, options):
         assert carried <= {(B, H), ()}, "a weight, a bias or a whole sequence is carried"
 
 
+@pytest.mark.parametrize("checkpoint", [2, "sqrt"])
+def test_segments_add_up_weight_gradients_once_per_segment(checkpoint):
+    grad = jax.grad(partial(loss, checkpoint=checkpoint))
+    carried = [set(shapes) for shapes, _ in loops(grad, *problem())]
+    assert sum((3 * H, H) in shapes for shapes in carried) == 1
+    assert sum(shapes == {(B, H)} for shapes in carried) >= 3
+
+
 def test_the_reader_of_jaxprs_sees_what_autodiff_of_a_plain_scan_carries():
     def plain(params, x, h0):
         step = lambda h, x_t: (gru_jax.gru_cell(params, h, x_t),) * 2  # noqa: E731
@@ -145,7 +153,8 @@ def test_vmap_over_parameters_equals_a_loop_over_them():
     assert_close(leaves(mapped), leaves(jax.tree.map(lambda *a: jnp.stack(a), *each)), 1e-13)
 
 
-@pytest.mark.parametrize("options", [{}, {"lengths": np.array([6, 2, 3, 1])}, {"checkpoint": 2}])
+@pytest.mark.parametrize("options", [{}, {"lengths": np.array([6, 2, 3, 1])}, {"checkpoint": 2},
+                                     {"output_mode": "last", "reverse": True}])  # fmt: skip
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 def test_data_parallel_over_a_mesh(axis_type, options):
     params, x, h0 = problem()
@@ -157,7 +166,7 @@ def test_data_parallel_over_a_mesh(axis_type, options):
         everywhere = jax.NamedSharding(mesh, jax.P())
         x, h0 = jax.device_put((x, h0), rows)
         actual = grad(jax.device_put(params, everywhere), x, h0)
-        without_state = gru_jax.gru(params, x, **options)[0]
+        without_state = gru_jax.gru(params, x, **options)[1]
     assert_close(leaves(actual), leaves(expected), 1e-12)
     assert without_state.sharding.spec[0] == "data"
 
@@ -227,7 +236,7 @@ def test_low_precision_keeps_the_state_and_the_sums_in_float32(mode, dtype):
 
 def test_arguments_of_mixed_dtypes():
     params, x, h0 = problem()
-    mixed = params.replace(bias=params.bias.astype("float32"), input_weights=params.input_weights)
+    mixed = params.replace(bias=params.bias.astype("float32"))
     y, hidden = gru_jax.gru(mixed, x.astype("bfloat16"), h0.astype("float16"))
     assert (y.dtype, hidden.dtype) == (jnp.float64, jnp.float64)
     wide = jax.tree.map(lambda a: a.astype("float64"), mixed)

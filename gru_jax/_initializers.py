@@ -96,9 +96,7 @@ class Given:
 
     def __call__(self, key: Any, shape: tuple, dtype: Any) -> jax.Array:
         self.check(shape)
-        return jnp.array(
-            self.array, dtype, copy=True
-        )  # donating the layer leaves the caller's alone
+        return jnp.array(self.array, dtype, copy=True)  # donation must not take the caller's
 
     def check(self, shape: tuple | None) -> None:
         """Raises ValueError unless the array has this shape; None in it stands for any size."""

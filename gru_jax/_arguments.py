@@ -19,7 +19,9 @@ def sizes_of(params: GRUParams) -> Sizes:
         )
     for name, value in params.arrays().items():
         _check_array(name, value, 1 if name == "bias" else 2)
-    if "bias" not in params.arrays() or params.recurrent_weights is None:
+    if any(
+        value is None for value in (params.input_weights, params.recurrent_weights, params.bias)
+    ):
         raise ValueError("params must have input_weights, recurrent_weights and bias.")
     rows = params.recurrent_weights.shape[0]
     if rows % 3 or not rows:
@@ -27,10 +29,11 @@ def sizes_of(params: GRUParams) -> Sizes:
             "recurrent_weights must have 3H rows (reset, update, candidate), got shape "
             f"{params.recurrent_weights.shape}."
         )
+    W, Q_i = params.input_weights, params.input_projector
     sizes = Sizes(
         rows // 3,
-        _input_size(params),
-        None if params.input_projector is None else params.input_projector.shape[1],
+        W.shape[1] if Q_i is None else Q_i.shape[0],
+        None if Q_i is None else Q_i.shape[1],
         None if params.output_projector is None else params.output_projector.shape[1],
         params.reset_gate_mode,
     )
@@ -50,14 +53,6 @@ def _check_array(name: str, value: Any, ndim: int) -> None:
             f"{name} must have {ndim} {'axis' if ndim == 1 else 'axes'}, got shape {value.shape}. "
             "Stacks of parameters are mapped with jax.vmap."
         )
-
-
-def _input_size(params: GRUParams) -> int:
-    if params.input_weights is None:
-        raise ValueError("params must have input_weights, recurrent_weights and bias.")
-    if params.input_projector is not None:
-        return params.input_projector.shape[0]
-    return params.input_weights.shape[1]
 
 
 def check_x(x: Any, sizes: Sizes, *, ndim: int) -> jax.Array:

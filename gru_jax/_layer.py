@@ -109,13 +109,8 @@ def call_layer(
       What the call returns, and the final state, (*batch, H).
     """
     params = as_params(options, leaves)
-    channels = _arguments.sizes_of(params).input_size
-    if options.data_format != "BTC" and x.shape[-1] != channels:
-        raise ValueError(
-            f"x must have input_size = {channels} channels; read by data_format "
-            f"{options.data_format!r}, as (*batch, time, channels), it has shape {x.shape}. "
-            "Name the axes as they are."
-        )
+    if options.data_format != "BTC":
+        _check_channels(options, _arguments.sizes_of(params).input_size, x)
     how = Options(*(getattr(options, name) for name in Options._fields))
     start = _start(options, hidden, stored, x)
     back = stored_state(options) if options.stateful and resets is not None else None
@@ -124,6 +119,16 @@ def call_layer(
     if not options.has_state_outputs:
         return y, final
     return (y, formats.from_core(final, options.data_format, "last")), final
+
+
+def _check_channels(options: LayerOptions, channels: int, x: jax.Array) -> None:
+    """The check of the core, in the words of a layer that has turned the axes of its input."""
+    if x.shape[-1] != channels:
+        raise ValueError(
+            f"x must have input_size = {channels} channels; read by data_format "
+            f"{options.data_format!r}, as (*batch, time, channels), it has shape {x.shape}. "
+            "Name the axes as they are."
+        )
 
 
 def cell_input(options: CellOptions, x: Any) -> jax.Array:

@@ -3,6 +3,7 @@
 import functools
 import math
 import operator
+import sys
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -106,6 +107,28 @@ def factor(option: str, value: Any, *, per_gate: bool) -> float | tuple[float, .
     if not all(math.isfinite(number) and number >= 0 for number in triple):
         raise ValueError(f"{option} must be {allowed}, got {value!r}.")
     return numbers
+
+
+def number(
+    option: str, value: Any, *, positive: bool = False, most: float = sys.float_info.max
+) -> Any:
+    """Returns a number from 0 to `most` as a float, or unseen if a transformation traces it."""
+    if isinstance(value, jax.core.Tracer):
+        return value
+    bound = f" of at most {most:g}" if most < sys.float_info.max else ""
+    expected = f"{option} must be a {'positive' if positive else 'nonnegative'} number{bound}"
+    try:
+        result = float("text" if isinstance(value, str | bool) else value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{expected}, got {value!r}.") from None
+    if not 0 <= result <= most or (positive and result == 0):
+        raise ValueError(f"{expected}, got {value!r}.")
+    return result
+
+
+def rate(option: str, value: Any) -> Any:
+    """Returns a nonnegative number, or a schedule of one as it is."""
+    return value if callable(value) else number(option, value)
 
 
 def real_dtype(option: str, dtype: Any) -> jnp.dtype:

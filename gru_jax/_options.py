@@ -50,7 +50,7 @@ class CellOptions:
       input_projector: initial value, (I, P_i).
       output_projector: initial value, (H, P_o).
       input_weights_learn_rate_factor: multiplies the current global learning rate: a number, or
-        three for (reset, update, candidate). Kept for an optimiser to read.
+        three for (reset, update, candidate). It acts through `gru_jax.optim`.
       recurrent_weights_learn_rate_factor: likewise.
       bias_learn_rate_factor: likewise; a triple serves both halves of a (6H,) bias.
       input_projector_learn_rate_factor: a number.

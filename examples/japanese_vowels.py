@@ -42,6 +42,7 @@ from rich.progress import BarColumn, Progress, TimeElapsedColumn
 
 import gru_jax.linen
 import gru_jax.nnx
+from gru_jax import ragged
 
 CHANNELS, SPEAKERS = 12, 9
 BATCH_SIZE = 32
@@ -99,10 +100,7 @@ def prepare(training: Recordings, other: Recordings) -> tuple[Padded, Padded]:
     mean, deviation = steps.mean(axis=0), steps.std(axis=0)
 
     def scale_and_pad(part: Recordings) -> Padded:
-        lengths = np.array([len(sequence) for sequence in part.sequences])
-        x = np.zeros((len(lengths), lengths.max(), CHANNELS), np.float32)
-        for row, sequence in zip(x, part.sequences, strict=True):
-            row[: len(sequence)] = (sequence - mean) / deviation
+        x, lengths = ragged.pad((sequence - mean) / deviation for sequence in part.sequences)
         return Padded(jnp.asarray(x), jnp.asarray(lengths), jnp.asarray(part.labels))
 
     return scale_and_pad(training), scale_and_pad(other)

@@ -46,3 +46,30 @@ def test_japanese_vowels(monkeypatch, tmp_path):
         assert result["confusion_matrix"].sum() == 45
         assert result["test_accuracy"] > 0.9  # of nine speakers, by chance 0.11
     assert results["linen"]["test_accuracies"] == results["nnx"]["test_accuracies"]
+
+
+@pytest.mark.slow
+def test_per_gate_training(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    example, picture = module("per_gate_training"), tmp_path / "picture.png"
+    monkeypatch.setattr(example, "load", lambda: (recordings(0, 270), recordings(1, 45)))
+    arguments = ["--hidden", "24", "--epochs", "25", "--seeds", "0-1", "--output", str(picture)]
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        results = example.main(arguments)
+    assert picture.stat().st_size > 10_000
+    before = results.pop("before")[:, -1]
+    assert before.min() > 0.9  # of five speakers, by chance 0.2
+    assert {
+        name: (result["moved"] > 0).all(axis=0).tolist() for name, result in results.items()
+    } == {
+        "plain": [True, True, True],
+        "slow": [True, True, True],
+        "candidate only": [False, False, True],
+        "update only": [False, True, False],
+        "frozen": [False, False, False],
+    }
+    assert (results["frozen"]["moved"] == 0).all()
+    assert (results["candidate only"]["moved"][:, :2] == 0).all()
+    assert (results["slow"]["moved"] < 0.5 * results["plain"]["moved"]).all()
+    assert (results["frozen"]["old"] == before[:, None]).all()  # nothing is forgotten
+    assert results["plain"]["new"][:, -1].min() > 0.9

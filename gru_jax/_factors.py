@@ -153,6 +153,8 @@ def _model_factors(
     others: Callable[[Path, Any], float] | None,
     of_rank: Callable[[int], float],
 ) -> Any:
+    if others is not None and not callable(others):
+        raise TypeError(f"others must be a function of (path, leaf), got {others!r}.")
     found = find_layers(model, params, inputs)
 
     def factor(keys: tuple, leaf: Any) -> np.ndarray:

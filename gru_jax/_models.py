@@ -5,13 +5,15 @@ no leaf is recognised by its name alone.
 """
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from flax.core import DenyList
 
 from gru_jax._options import CellOptions
 from gru_jax._params import LEAF_NAMES, LEAVES, GRUParams, Leaf
@@ -47,10 +49,9 @@ class Found(NamedTuple):
 
 
 def path_of(keys: tuple[Any, ...]) -> Path:
-    """Returns the path of a leaf as strings, without the box of a Flax variable around it."""
-    if keys and keys[-1] == jax.tree_util.GetAttrKey("value"):
-        keys = keys[:-1]
-    return tuple(jax.tree_util.keystr((key,), simple=True) for key in keys)
+    """Returns a path in a tree as strings, without the boxes of Flax variables on the way."""
+    box = jax.tree_util.GetAttrKey("value")
+    return tuple(jax.tree_util.keystr((key,), simple=True) for key in keys if key != box)
 
 
 def leaf_shapes(params: Any) -> dict[Path, tuple[int, ...]]:
@@ -77,6 +78,8 @@ def find_layers(model: Any, params: Any, inputs: tuple[Any, ...]) -> Found:
     if isinstance(model, nnx.Module):
         params = nnx.state(model, nnx.Param) if params is None else params
         layers, ranks = _find_in_nnx(model), {}
+        given, known = leaf_shapes(params).keys(), leaf_shapes(nnx.state(model)).keys()
+        _check_same(given, given & known)
     elif isinstance(model, nn.Module):
         layers, ranks, expected = _find_in_linen(model, inputs)
         _check_paths(leaf_shapes(params), expected, layers)
@@ -98,7 +101,13 @@ def _find_in_params(params: Any) -> dict[Path, Layer]:
     layers = {}
     for keys, node in nodes:
         if isinstance(node, GRUParams):
-            units = jnp.shape(node.recurrent_weights)[-2] // 3
+            shape = jnp.shape(node.recurrent_weights) if node.recurrent_weights is not None else ()
+            if len(shape) < 2:
+                raise ValueError(
+                    "recurrent_weights of GRUParams must be a matrix of 3H rows, or a stack of "
+                    f"such, got shape {shape}."
+                )
+            units = shape[-2] // 3
             options = CellOptions(units, reset_gate_mode=node.reset_gate_mode)
             layers[path_of(keys)] = Layer(options, (-1, -2))
     return layers
@@ -109,23 +118,26 @@ def _find_in_nnx(model: nnx.Module) -> dict[Path, Layer]:
     for keys, module in nnx.iter_modules(model):
         weights = getattr(module, "recurrent_weights", None)
         if isinstance(module, CellOptions) and isinstance(weights, nnx.Variable):
-            bias = _row_axis(module, LEAF["bias"], module.bias.shape)
-            matrix = _row_axis(module, LEAF["recurrent_weights"], weights.shape)
-            layers[tuple(map(str, keys))] = Layer(module, (bias, matrix))
+            shapes = {name: getattr(module, name).shape for name in PER_GATE}
+            layers[tuple(map(str, keys))] = Layer(module, _row_axes(module, shapes))
     return layers
 
 
-def _row_axis(options: CellOptions, leaf: Leaf, shape: tuple[int, ...]) -> int:
-    """The axis of the rows in a stack of leaves, its own axes in front where both could be."""
-    inner = inner_shape(options, leaf)
-    if len(shape) == len(inner):
-        return 0
-    for axes in reversed(list(itertools.combinations(range(len(shape)), len(inner)))):
-        if tuple(shape[axis] for axis in axes) == inner:
-            return axes[0]
+def _row_axes(options: CellOptions, shapes: dict[str, tuple[int, ...]]) -> tuple[int, int]:
+    """The axes of the rows in a stack of layers; its own axes stand in front if they can."""
+    inner = {name: inner_shape(options, LEAF[name]) for name in PER_GATE}
+    depth = len(shapes["bias"]) - 1
+    for stack in itertools.product((0, 1, 2, -1), repeat=depth):  # where each further axis stands
+        axes = {name: list(range(len(shape))) for name, shape in shapes.items()}
+        for position in stack:
+            for left in axes.values():
+                left.pop(position if position < len(left) else -1)
+        found = {name: tuple(shapes[name][axis] for axis in left) for name, left in axes.items()}
+        if found == inner or not depth:
+            return axes["bias"][0], axes["recurrent_weights"][0]
     raise ValueError(
-        f"{leaf.name} of this {type(options).__name__} must have shape {inner}, or be a stack of "
-        f"such arrays, got shape {shape}."
+        f"the learnables of this {type(options).__name__} must have the shapes {inner}, or be "
+        f"stacks of such arrays, got {shapes}."
     )
 
 
@@ -134,6 +146,7 @@ def _row_axis(options: CellOptions, leaf: Leaf, shape: tuple[int, ...]) -> int:
 # `nn.vmap` stacks the leaves, it stacks the marks alike, and the rows can be told from the stack.
 MARKED = 1_000_003
 MARKS = ("_rows_of_vectors", "_rows_of_matrices")
+LOOKS = itertools.count()
 
 
 def _find_in_linen(
@@ -147,34 +160,44 @@ def _find_in_linen(
         )
     options: dict[Path, Any] = {}
     ranks: dict[Path, int] = {}
+    # A collection that no model has tells the modules of this call from those that a model runs on
+    # its own, and keeps what nn.jit traces here, marks included, from being used again.
+    name = f"_look_{next(LOOKS)}"
 
     def look(method: Any, args: Any, kwargs: Any, context: Any) -> Any:
         module: Any = context.module
         result = method(*args, **kwargs)
+        ours = module.scope is not None and module.is_mutable_collection("params")
+        if not ours or module.is_mutable_collection(name):
+            return result
         leaves = module.variables.get("params", {})
         for path, shape in leaf_shapes(leaves).items():
             ranks.setdefault((*module.path, *path), len(shape))
         if isinstance(context.module, CellOptions) and leaves.keys() & set(LEAF_NAMES):
-            options[module.path] = module
+            options[module.path] = module.clone(parent=None)
             module.put_variable("params", MARKS[0], jnp.zeros(MARKED))
             module.put_variable("params", MARKS[1], jnp.zeros((MARKED, 1)))
         return result
 
     leaves, structure = jax.tree.flatten(inputs)
-    arrays = {n: leaf for n, leaf in enumerate(leaves) if hasattr(leaf, "shape")}
+    kinds = jax.Array | np.ndarray | jax.ShapeDtypeStruct
+    arrays = {n: leaf for n, leaf in enumerate(leaves) if isinstance(leaf, kinds)}
 
     def init(key: jax.Array, arrays: Mapping[int, Any]) -> Any:
         filled = [arrays.get(n, leaf) for n, leaf in enumerate(leaves)]
         with nn.intercept_methods(look):
-            return model.init(key, *jax.tree.unflatten(structure, filled)).get("params", {})
+            inputs = jax.tree.unflatten(structure, filled)
+            mutable = DenyList(("intermediates", name))
+            return model.init(key, *inputs, mutable=mutable).get("params", {})
 
     shapes = leaf_shapes(jax.eval_shape(init, jax.eval_shape(jax.random.key, 0), arrays))
     axes = {path: shape.index(MARKED) for path, shape in shapes.items() if path[-1] in MARKS}
+    shapes = {p: shape for p, shape in shapes.items() if not any(m in "/".join(p) for m in MARKS)}
     layers = {
         path: Layer(layer, (axes[*path, MARKS[0]], axes[*path, MARKS[1]]))
         for path, layer in options.items()
     }
-    return layers, ranks, {path: shape for path, shape in shapes.items() if path not in axes}
+    return layers, ranks, shapes
 
 
 def _check_paths(
@@ -183,19 +206,23 @@ def _check_paths(
     layers: dict[Path, Layer],
 ) -> None:
     """Raises unless the parameters of a linen model have its leaves; projectors may differ."""
-    missing, foreign = (
-        sorted(
-            "/".join(path)
-            for path in one.keys() - two.keys()
-            if path[:-1] not in layers or path[-1] in PER_GATE or path[-1] not in LEAF_NAMES
-        )
-        for one, two in ((expected, given), (given, expected))
-    )
-    if missing or foreign:
-        told = [f"lack {missing[:3]}"] * bool(missing) + [f"have {foreign[:3]}"] * bool(foreign)
+    projectors = {(*path, name) for path in layers for name in LEAF_NAMES if name not in PER_GATE}
+    _check_same(given.keys() - projectors, expected.keys() - projectors)
+    for path in sorted(given.keys() & expected.keys()):
+        if len(given[path]) != len(expected[path]):
+            raise ValueError(
+                f"params do not belong to this model: {'/'.join(path)!r} must have as many axes as "
+                f"{expected[path]}, got shape {given[path]}. Map stacks with jax.vmap."
+            )
+
+
+def _check_same(given: Set[Path], expected: Set[Path]) -> None:
+    lists = {"lack": expected - given, "have": given - expected}
+    told = [f"{verb} {sorted(map('/'.join, paths))[:3]}" for verb, paths in lists.items() if paths]
+    if told:
         raise ValueError(
             f"params do not belong to this model: they {' and '.join(told)}. Pass "
-            "variables['params'] of a model made with the same options."
+            "variables['params'] in linen, or nnx.state(model, nnx.Param), of the same model."
         )
 
 
@@ -206,8 +233,7 @@ def _check_owned(shapes: dict[Path, tuple[int, ...]], layers: dict[Path, Layer])
             raise ValueError(
                 f"the parameters at {'/'.join(path)!r} look like those of a GRU, but no layer of "
                 "this model owns them. Without a model, give GRUParams, not a dict; in linen, the "
-                "layer must be called by model.init (what nn.jit has traced before is not called "
-                "again: jax.clear_caches() makes it forget)."
+                "layer must be called by model.init."
             )
     for path, layer in layers.items():
         for name in PER_GATE:

@@ -43,6 +43,8 @@ def scale_by_learn_rate_factors(factors: Any) -> optax.GradientTransformation:
     factor_of = _lookup(factors)
 
     def scale(keys: tuple, update: Any) -> Any:
+        if not _learnable(update):
+            return update
         factor = factor_of(keys, update).astype(update.dtype)
         return _where(factor, update * factor, UNCHANGED)
 
@@ -76,6 +78,8 @@ def add_l2_regularization(l2: Any, factors: Any) -> optax.GradientTransformation
     l2, factor_of = _checks.number("l2", l2), _lookup(factors)
 
     def add(keys: tuple, update: Any, param: Any) -> Any:
+        if not _learnable(update):
+            return update
         factor = factor_of(keys, update).astype(update.dtype)
         term = jnp.asarray(l2, update.dtype) * factor * param.astype(update.dtype)
         return _where(factor, update + term, update)
@@ -124,17 +128,22 @@ def clip_by_global_norm(threshold: Any) -> optax.GradientTransformation:
 
 def _clip_together(updates: Any, threshold: Any) -> Any:
     """Scales all leaves alike where their norm, taken together, is above the threshold."""
-    leaves = jax.tree.leaves(updates)
+    leaves = [leaf for leaf in jax.tree.leaves(updates) if _learnable(leaf)]
     if not leaves:
         return updates
     wide = _checks.promote(jnp.float32, *(jnp.abs(leaf).dtype for leaf in leaves))
     sizes = [jnp.abs(leaf).astype(wide) for leaf in leaves]
     largest = jnp.stack([jnp.max(size, initial=0) for size in sizes]).max()
-    unit = jnp.where(largest > 0, largest, 1)  # squares of the sizes themselves could overflow
+    # Squares of the sizes could overflow; of a unit near the largest number, so would 1 / unit.
+    unit = jnp.maximum(largest / 16, jnp.finfo(wide).tiny)
     root = jnp.sqrt(jnp.stack([jnp.sum(jnp.square(size / unit)) for size in sizes]).sum())
+    if isinstance(threshold, float):
+        threshold = min(threshold, float(jnp.finfo(wide).max))
     limit = jnp.asarray(threshold, wide)
 
     def clip(leaf: Any) -> Any:
+        if not _learnable(leaf):
+            return leaf
         own = _checks.promote(leaf.dtype, wide)
         clipped = (leaf.astype(own) / unit.astype(own)) * (limit / root).astype(own)
         return jnp.where(unit * root > limit, clipped.astype(leaf.dtype), leaf)
@@ -239,6 +248,11 @@ def _checked(keys: tuple, factor: Any) -> Any:
     if not (np.isfinite(array).all() and (array >= 0).all()):
         raise ValueError(f"the factor of {name!r} must be finite and nonnegative, got {array!r}.")
     return array
+
+
+def _learnable(leaf: Any) -> bool:
+    """Whether a gradient is one of numbers that can be learnt: not of integers."""
+    return jnp.issubdtype(leaf.dtype, jnp.inexact)
 
 
 def _where(factor: Any, chosen: Any, otherwise: Any) -> Any:

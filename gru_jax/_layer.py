@@ -13,6 +13,7 @@ from gru_jax._initializers import Given, init_leaf
 from gru_jax._options import CellOptions, LayerOptions
 from gru_jax._params import LEAF_NAMES, LEAVES, OPTION_CHECKS, GRUParams, Leaf
 from gru_jax._sequence import Options, run
+from gru_jax._watch import show
 
 MERGES = ("concat", "sum", "mul", "ave")
 
@@ -114,6 +115,7 @@ def call_layer(
     how = Options(*(getattr(options, name) for name in Options._fields))
     start = _start(options, hidden, stored, x)
     back = stored_state(options) if options.stateful and resets is not None else None
+    show(options, params, x, start, back, lengths, mask, resets)
     y, final = run(how, params, x, start, back, lengths, mask, resets)
     y = formats.from_core(y, options.data_format, options.output_mode)
     if not options.has_state_outputs:
@@ -142,6 +144,7 @@ def cell_input(options: CellOptions, x: Any) -> jax.Array:
 def call_cell(options: CellOptions, leaves: Mapping[str, Any], carry: Any, x: jax.Array) -> tuple:
     """Runs a cell for one step: (carry, x) to (new carry, output), the carry keeping its dtype."""
     params = as_params(options, leaves)
+    show(options, params, x, carry, None, None, None, None)
     new = gru_cell(params, carry, x, precision=options.precision)
     dtype, _ = _arguments.result_dtypes(x, *params.arrays().values())
     return new, new.astype(dtype)

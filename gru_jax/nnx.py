@@ -14,7 +14,7 @@ from flax import nnx
 from gru_jax import _layer
 from gru_jax._initializers import Given
 from gru_jax._options import CellOptions, LayerOptions
-from gru_jax._params import LEAF_NAMES
+from gru_jax._params import LEAF_NAMES, GRUParams
 
 
 class HiddenState(nnx.Variable):
@@ -54,6 +54,22 @@ class _Owner(CellOptions, nnx.Module):
                 setattr(self, name, nnx.Param(given(None, given.shape, self.param_dtype)))
             else:
                 current[...] = given(None, current[...].shape, current[...].dtype)
+
+    def set_learnables(self, params: GRUParams) -> None:
+        """Takes the arrays of `params`, projected or not, and keeps everything else."""
+        for name in LEAF_NAMES:
+            value, current = getattr(params, name), getattr(self, name)
+            if name.endswith("projector"):
+                size = None if value is None else value.shape[1]
+                object.__setattr__(self, f"{name}_size", size)
+            if value is None or current is None:
+                data = dict(getattr(self, f"{name}_metadata") or {})
+                setattr(self, name, nnx.data(None) if value is None else nnx.Param(value, **data))
+            else:
+                current.set_value(value)
+        if type(self) in (GRULayer, GRUProjectedLayer):  # what it is called follows what it is
+            both = self.input_projector_size and self.output_projector_size
+            object.__setattr__(self, "__class__", GRUProjectedLayer if both else GRULayer)
 
     def known_leaves(self) -> dict[str, Any]:
         """Returns the learnables that are present, by name."""

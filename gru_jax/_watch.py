@@ -1,0 +1,45 @@
+"""Lets others see the calls of layers: how the data inside a whole model are gathered."""
+
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+
+from gru_jax._options import CellOptions
+from gru_jax._params import GRUParams
+
+
+class Call(NamedTuple):
+    """What a layer was called with, in the terms of the core."""
+
+    options: CellOptions
+    params: GRUParams
+    x: jax.Array  # (*batch, time, channels); of a cell (*batch, channels)
+    h0: Any
+    back: Any  # the state that resets return to, h0 if None
+    lengths: Any
+    mask: Any
+    resets: Any
+
+
+_watcher: contextvars.ContextVar[Callable[[Call], None] | None]
+_watcher = contextvars.ContextVar("watcher", default=None)
+
+
+@contextlib.contextmanager
+def watch(see: Callable[[Call], None]) -> Iterator[None]:
+    """While this is open, every call of a layer or cell, of either Flax API, is shown to `see`."""
+    token = _watcher.set(see)
+    try:
+        yield
+    finally:
+        _watcher.reset(token)
+
+
+def show(*call: Any) -> None:
+    """Shows a call to who is watching; the arguments are the fields of `Call`."""
+    see = _watcher.get()
+    if see is not None:
+        see(Call(*call))

@@ -235,9 +235,16 @@ def count_batches(data: Padded) -> int:
     return max(len(data.labels) // BATCH_SIZE, 1)
 
 
-def make_optimizer(steps: int) -> optax.GradientTransformation:
-    """Adam with clipped gradients; its learning rate falls along half a cosine."""
-    schedule = optax.cosine_decay_schedule(LEARNING_RATE, steps)
+class Rate(NamedTuple):
+    """A learning rate that falls along half a cosine."""
+
+    steps: int  # of all epochs
+    highest: float = LEARNING_RATE
+
+
+def make_optimizer(rate: Rate) -> optax.GradientTransformation:
+    """Adam with clipped gradients."""
+    schedule = optax.cosine_decay_schedule(rate.highest, rate.steps)
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
 
 
@@ -258,14 +265,14 @@ def random_offsets(key: jax.Array, deviations: jax.Array, count: int) -> jax.Arr
 @partial(jax.jit, static_argnums=(0, 1))
 def train_epoch(
     network: Network,
-    steps: int,
+    rate: Rate,
     params: Params,
     optimizer_state: optax.OptState,
     data: Padded,
     key: jax.Array,
 ) -> tuple[Params, optax.OptState, Score]:
-    """Takes one step for each batch, in random order; `steps` are those of all epochs."""
-    optimizer, differences = make_optimizer(steps), deviations(data)
+    """Takes one step for each batch, in random order."""
+    optimizer, differences = make_optimizer(rate), deviations(data)
     order_key, offset_key = jax.random.split(key)
     batches = count_batches(data)
     order = jax.random.permutation(order_key, len(data.labels))[: batches * BATCH_SIZE]
@@ -294,14 +301,15 @@ def train(
     data: Padded,
     key: jax.Array,
     epochs: int,
-    after_epoch: Callable[[Params, Score], None],
+    after_epoch: Callable[[Params, Score], None] = lambda *_: None,
+    learning_rate: float = LEARNING_RATE,
 ) -> Params:
     """Trains from `params` on, and calls `after_epoch` with each epoch's learnables and score."""
-    steps = epochs * count_batches(data)
-    optimizer_state = make_optimizer(steps).init(params)
+    rate = Rate(epochs * count_batches(data), learning_rate)
+    optimizer_state = make_optimizer(rate).init(params)
     for epoch_key in jax.random.split(key, epochs):
         params, optimizer_state, result = train_epoch(
-            network, steps, params, optimizer_state, data, epoch_key
+            network, rate, params, optimizer_state, data, epoch_key
         )
         after_epoch(params, result)
     return params

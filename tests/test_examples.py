@@ -73,3 +73,26 @@ def test_per_gate_training(monkeypatch, tmp_path):
     assert (results["slow"]["moved"] < 0.5 * results["plain"]["moved"]).all()
     assert (results["frozen"]["old"] == before[:, None]).all()  # nothing is forgotten
     assert results["plain"]["new"][:, -1].min() > 0.9
+
+
+@pytest.mark.slow
+def test_compress(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    example, picture = module("compress"), tmp_path / "picture.png"
+    monkeypatch.setattr(example, "load", lambda: (recordings(0, 270), recordings(1, 45)))
+    monkeypatch.setattr(example, "PAGES", {"input_projector_size": 9, "output_projector_size": 5})
+    arguments = ["--quick", "--hidden", "40", "--seeds", "0", "--output", str(picture)]
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        results = example.main(arguments)
+    assert picture.stat().st_size > 10_000
+    assert example.units_for(34_809) == 100
+    learnables = example.gru_jax.num_learnables(results["dense"][0].params)
+    asked = {row.way: row.runs[0].info for row in results["rows"] if row.goal}
+    assert asked.keys() == {"pca", "inputs dense", "sizes by loss", "output"}
+    for info in asked.values():
+        assert info.learnables[0] == learnables == 9 + 9 * 40 + 3 * 40 * (12 + 40 + 1)
+        assert info.learnables_reduction >= example.GOALS[1]
+    assert asked["inputs dense"].layers[0].sizes[1].input_projector_size is None
+    assert {row.way for row in results["rows"] if not row.goal} == {"pca", "output"}
+    (smaller,) = results["smaller"]
+    assert smaller.learnables <= (1 - example.GOALS[1]) * learnables

@@ -54,3 +54,7 @@ class Moments:
         """The part of the variance in the first 1, 2, … n directions, (n,); 1 if nothing varies."""
         sums = np.cumsum(self.eigenvalues)
         return sums / sums[-1] if sums[-1] else np.ones_like(sums)
+
+    def directions_for(self, goal: float) -> int:
+        """Returns how many directions explain this part of the variance."""
+        return int(np.searchsorted(self.explained_variance, goal - 1e-12)) + 1

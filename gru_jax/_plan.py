@@ -80,9 +80,9 @@ class Plan:
         if loss is not None and reduction is None:
             raise ValueError("loss chooses sizes under a learnables_reduction_goal: give one.")
         if reduction is None:
-            goal = _fraction("explained_variance_goal", 0.95 if variance is None else variance)
+            goal = check_fraction("explained_variance_goal", 0.95 if variance is None else variance)
             return self._fit(goal, fixed)
-        reduction = _fraction("learnables_reduction_goal", reduction)
+        reduction = check_fraction("learnables_reduction_goal", reduction)
         if loss is not None:
             return self._by_loss(reduction, fixed, loss)
         return self._by_reduction(reduction, fixed)
@@ -182,7 +182,8 @@ def _finite(loss: Any) -> float:
     return value
 
 
-def _fraction(option: str, value: Any) -> float:
+def check_fraction(option: str, value: Any) -> float:
+    """Returns a goal that lies between 0 and 1."""
     value = _checks.number(option, value)
     if not 0 < value < 1:
         raise ValueError(f"{option} must lie between 0 and 1, both excluded, got {value}.")

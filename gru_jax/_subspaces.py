@@ -69,8 +69,7 @@ def fit(dense: Sizes, pca: NeuronPCA, goal: float, fixed: dict[Side, int | None]
         if side in fixed:
             sizes = side.resize(sizes, fixed[side])
             continue
-        curve = side.moments(pca).explained_variance
-        smaller = side.resize(sizes, int(np.searchsorted(curve, goal - 1e-12)) + 1)
+        smaller = side.resize(sizes, side.moments(pca).directions_for(goal))
         sizes = smaller if count(smaller) < count(sizes) else sizes
     return sizes
 

@@ -12,14 +12,16 @@ what is dropped goes into the bias. Fine-tuning afterwards is highly recommended
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
-from gru_jax import _arguments, _subspaces
+from gru_jax import _arguments, _checks, _subspaces
 from gru_jax._activity import NeuronPCA as NeuronPCA
 from gru_jax._activity import analyse, check_enough, fold
+from gru_jax._moments import Moments
 from gru_jax._params import GRUParams, num_learnables
 from gru_jax._plan import LayerInfo as LayerInfo
-from gru_jax._plan import Plan
+from gru_jax._plan import Plan, check_fraction
 from gru_jax._plan import ProjectionInfo as ProjectionInfo
 from gru_jax._plan import summary as summary
 from gru_jax._surgery import neuron_pca_of as neuron_pca_of
@@ -33,6 +35,7 @@ __all__ = [
     "neuron_pca",
     "neuron_pca_of",
     "project",
+    "project_dense",
     "project_model",
     "summary",
     "unproject",
@@ -160,3 +163,62 @@ def unproject(params: GRUParams) -> GRUParams:
     """
     _arguments.sizes_of(params)
     return _subspaces.expand(params)
+
+
+def project_dense(
+    kernel: Any,
+    bias: Any,
+    moments: Moments,
+    explained_variance_goal: float = 0.95,
+    *,
+    projector_size: int | None = None,
+) -> tuple[Any, Any, Any]:
+    """Projects a dense layer that follows a GRU: x K + b becomes (x Q) K' + b'.
+
+    K' = Qᵀ K, and the mean of what is dropped goes into the bias, which is exact. In a model it
+    becomes two dense layers, the first without a bias.
+
+    Args:
+      kernel: K, shape (n, m), as in Flax.
+      bias: b, shape (m,).
+      moments: of the n inputs; behind a GRU they are its states, `neuron_pca(...).states`.
+      explained_variance_goal: the part of the variance to keep, 0 to 1.
+      projector_size: the columns of Q, instead of the goal.
+
+    Returns:
+      (Q, K', b'), of shapes (n, k), (k, m) and (m,); Q is None, and the rest as it was, where a
+      projector would make the layer larger and its size was not given.
+
+    Raises:
+      TypeError: an argument is of a wrong type.
+      ValueError: shapes do not fit, or the goal or the size is outside its range.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, gru_jax
+      >>> from gru_jax import projection
+      >>> params = gru_jax.init_params(jax.random.key(0), 100, 12)
+      >>> pca = projection.neuron_pca(params, [jax.random.normal(jax.random.key(1), (32, 50, 12))])
+      >>> kernel, bias = jnp.ones((100, 80)), jnp.zeros(80)
+      >>> Q, kernel, bias = projection.project_dense(kernel, bias, pca.states, projector_size=30)
+      >>> Q.shape, kernel.shape, bias.shape
+      ((100, 30), (30, 80), (80,))
+    """
+    n = len(moments.mean)
+    if kernel.ndim != 2 or kernel.shape[0] != n or bias.shape != kernel.shape[1:]:
+        raise ValueError(
+            f"kernel must have shape ({n}, m) and bias (m,) for {n} inputs, got {kernel.shape} "
+            f"and {bias.shape}."
+        )
+    if projector_size is None:
+        goal = check_fraction("explained_variance_goal", explained_variance_goal)
+        k = moments.directions_for(goal)
+        if k * sum(kernel.shape) >= kernel.size:
+            return None, kernel, bias
+    else:
+        k = _checks.positive_int("projector_size", projector_size)
+        if k > n:
+            raise ValueError(f"projector_size must be at most {n}, got {projector_size}.")
+    K, Q = np.asarray(kernel, np.float64), moments.directions[:, :k]
+    mean = (moments.mean - Q @ (Q.T @ moments.mean)) @ K
+    shifted = jnp.asarray(np.asarray(bias, np.float64) + mean, bias.dtype)
+    return jnp.asarray(Q, kernel.dtype), jnp.asarray(Q.T @ K, kernel.dtype), shifted

@@ -42,7 +42,7 @@ EXPORTS = {
     },
     "gru_jax.projection": {
         "LayerInfo", "NeuronPCA", "ProjectionInfo", "neuron_pca", "neuron_pca_of", "project",
-        "project_model", "summary", "unproject", "unproject_model",
+        "project_dense", "project_model", "summary", "unproject", "unproject_model",
     },
     "gru_jax.ragged": {"buckets", "chunks", "pad"},
 }  # fmt: skip
@@ -323,6 +323,7 @@ CONTRACT = {
     projection.project: "params pca explained_variance_goal learnables_reduction_goal * "
     "input_projector_size output_projector_size method loss",
     projection.unproject: "params",
+    projection.project_dense: "kernel bias moments explained_variance_goal * projector_size",
     projection.neuron_pca_of: "model params batches * key call",
     projection.project_model: "model params pca explained_variance_goal "
     "learnables_reduction_goal * input_projector_size output_projector_size method",

@@ -534,3 +534,66 @@ def test_output_method_with_more_inputs_than_rows():
     small, info = projection.project(params, pca, **sizes, method="output")
     assert info.learnables[1] == gru_jax.num_learnables(small)
     np.testing.assert_allclose(run(small, x), run(params, x), rtol=0, atol=1e-12)
+
+
+# Dense layers
+
+
+def moments_of(rank, n=7):
+    """Of vectors in an affine subspace, and the vectors."""
+    vectors = RNG.normal(size=(50, rank)) @ RNG.normal(size=(rank, n)) + RNG.normal(size=n)
+    return projection.neuron_pca(params_of(width=n), [vectors.reshape(5, 10, n)]).inputs, vectors
+
+
+@pytest.mark.parametrize("size", [None, 3, 7])
+def test_dense_is_exact_where_the_inputs_span_less(size):
+    moments, x = moments_of(3)
+    kernel, bias = RNG.normal(size=(7, 9)), RNG.normal(size=9)
+    projected = projection.project_dense(kernel, bias, moments, 1 - 1e-9, projector_size=size)
+    Q, small, shifted = map(np.asarray, projected)
+    assert (Q.shape, small.shape) == ((7, size or 3), (size or 3, 9))
+    np.testing.assert_allclose(Q.T @ Q, np.eye(size or 3), rtol=0, atol=1e-12)
+    np.testing.assert_allclose((x @ Q) @ small + shifted, x @ kernel + bias, rtol=0, atol=1e-12)
+
+
+def test_dense_drops_the_smallest_directions():
+    moments, x = moments_of(7)
+    kernel, bias = RNG.normal(size=(7, 30)), RNG.normal(size=30)
+    centred = x - x.mean(axis=0)
+    variances = np.linalg.svd(centred, compute_uv=False) ** 2
+    goal = variances[:4].sum() / variances.sum() - 1e-6
+    Q, small, shifted = map(np.asarray, projection.project_dense(kernel, bias, moments, goal))
+    assert Q.shape == (7, 4)
+    right = np.linalg.svd(centred)[2][:4].T
+    expected = (x.mean(axis=0) + centred @ right @ right.T) @ kernel + bias
+    np.testing.assert_allclose((x @ Q) @ small + shifted, expected, rtol=0, atol=1e-12)
+
+
+def test_dense_that_would_grow_stays():
+    moments, _ = moments_of(7)
+    kernel, bias = jnp.ones((7, 2), "float32"), jnp.ones(2, "float32")
+    Q, same, also = projection.project_dense(kernel, bias, moments, 0.99)
+    assert (Q, same is kernel, also is bias) == (None, True, True)
+    arrays = projection.project_dense(kernel, bias, moments, projector_size=6)
+    assert {array.dtype for array in arrays} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize(
+    ("kernel", "bias", "how", "error", "words"),
+    [
+        (
+            (6, 2),
+            (2,),
+            {},
+            ValueError,
+            r"shape \(7, m\) and bias \(m,\) for 7 inputs, got \(6, 2\)",
+        ),
+        ((7, 2), (3,), {}, ValueError, r"and \(3,\)"),
+        ((7, 2), (2,), {"explained_variance_goal": 1}, ValueError, "between 0 and 1"),
+        ((7, 2), (2,), {"projector_size": 8}, ValueError, "must be at most 7, got 8"),
+        ((7, 2), (2,), {"projector_size": 1.5}, TypeError, "must be a positive integer"),
+    ],
+)
+def test_dense_errors(kernel, bias, how, error, words):
+    with pytest.raises(error, match=words):
+        projection.project_dense(np.ones(kernel), np.ones(bias), moments_of(7)[0], **how)

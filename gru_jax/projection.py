@@ -18,15 +18,15 @@ import numpy as np
 from gru_jax import _arguments, _checks, _subspaces
 from gru_jax._activity import NeuronPCA as NeuronPCA
 from gru_jax._activity import analyse, check_enough, fold
+from gru_jax._compression import neuron_pca_of as neuron_pca_of
+from gru_jax._compression import project_model as project_model
+from gru_jax._compression import unproject_model as unproject_model
 from gru_jax._moments import Moments
 from gru_jax._params import GRUParams, num_learnables
 from gru_jax._plan import LayerInfo as LayerInfo
 from gru_jax._plan import Plan, check_fraction
 from gru_jax._plan import ProjectionInfo as ProjectionInfo
 from gru_jax._plan import summary as summary
-from gru_jax._surgery import neuron_pca_of as neuron_pca_of
-from gru_jax._surgery import project_model as project_model
-from gru_jax._surgery import unproject_model as unproject_model
 
 __all__ = [
     "LayerInfo",

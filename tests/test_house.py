@@ -54,7 +54,8 @@ FLOORS = (  # imports point down; within a floor, to files named earlier
     ("linen", "nnx"),
     (
         "_models", "_factors", "_transforms", "optim", "ragged",
-        "_moments", "_activity", "_subspaces", "_plan", "_surgery", "projection",
+        "_moments", "_activity", "_subspaces", "_plan", "_surgery", "_compression",
+        "projection",
     ),
 )  # fmt: skip
 FRAMEWORKS = {  # beside jax and numpy
@@ -111,7 +112,7 @@ OBJECTS = dict(public_objects())
 def test_number_and_length_of_files():
     assert len(FILES) <= 30
     lengths = {path.name: len(path.read_text().splitlines()) for path in FILES}
-    assert not {name: n for name, n in lengths.items() if n > 280}
+    assert not {name: n for name, n in lengths.items() if n > 265}
 
 
 @pytest.mark.parametrize("module", EXPORTS)

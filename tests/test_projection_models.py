@@ -714,3 +714,17 @@ def test_frozen_parameters_keep_one_kind():
     pca = projection.neuron_pca_of(model, params, [X])
     _, small, _ = projection.project_model(model, params, pca, **CUT)
     assert {type(small[name]) for name in small} == {type(small)}
+
+
+@pytest.mark.parametrize("face", [linen, gru_jax.nnx])
+def test_pairs_for_a_layer_alone(face):
+    """The second argument of a layer is its state: lengths and masks go to their own."""
+    if face is linen:
+        model = gru()
+        params = model.init(jax.random.key(0), X)["params"]
+    else:
+        model, params = layer(), None
+    by_length = projection.neuron_pca_of(model, params, [(X, LENGTHS)])[()]
+    by_mask = projection.neuron_pca_of(model, params, [(X, MASK)])[()]
+    assert by_length.states.count == MASK.sum()
+    np.testing.assert_allclose(by_length.states.scatter, by_mask.states.scatter, rtol=1e-12)

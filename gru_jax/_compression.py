@@ -22,7 +22,8 @@ def neuron_pca_of(
     """Analyses every GRU layer of a model, at any depth, by running the model.
 
     Args:
-      model: a linen or nnx module.
+      model: a linen or nnx module. An nnx model runs in the mode it is in: call `model.eval()`
+        first where it has dropout.
       params: its parameters, of linen `variables["params"]`; None in nnx.
       batches: the inputs of the model: x, or tuples of its positional arguments. In a pair, integer
         lengths or boolean masks go to the argument `lengths` or `mask` if the model has one.

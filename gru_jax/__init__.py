@@ -4,7 +4,9 @@
 `gru_jax.linen` and `gru_jax.nnx` wrap them in Flax modules.
 """
 
+from importlib import import_module as _import_module
 from importlib.metadata import version as _version
+from typing import Any as _Any
 
 from gru_jax import formats as formats
 from gru_jax._cell import gru_cell as gru_cell
@@ -14,6 +16,14 @@ from gru_jax._options import LayerOptions as LayerOptions
 from gru_jax._params import GRUParams as GRUParams
 from gru_jax._params import num_learnables as num_learnables
 from gru_jax._sequence import gru as gru
+
+
+def __getattr__(name: str) -> _Any:
+    """Loads what needs Flax or Optax when it is asked for."""
+    if name in ("linen", "nnx", "optim", "projection", "ragged"):
+        return _import_module(f"gru_jax.{name}")
+    raise AttributeError(f"module 'gru_jax' has no attribute {name!r}")
+
 
 __version__ = _version("gru_jax")
 __all__ = [

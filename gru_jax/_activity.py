@@ -55,7 +55,12 @@ class NeuronPCA:
     gated: np.ndarray
     sensitivity: tuple[np.ndarray, np.ndarray] | None = None
 
+    def __radd__(self, other: object) -> "NeuronPCA":
+        return self if other == 0 else NotImplemented  # the start of sum()
+
     def __add__(self, other: "NeuronPCA") -> "NeuronPCA":
+        if not isinstance(other, NeuronPCA):
+            return NotImplemented
         if self.reset_gate_mode != other.reset_gate_mode:
             raise ValueError("the two analyses must be of the same GRU; their reset modes differ.")
         if self.gated.shape != other.gated.shape or len(self.inputs.mean) != len(other.inputs.mean):
@@ -204,7 +209,7 @@ def check_enough(name: str, pca: NeuronPCA | None) -> NeuronPCA:
     if pca.observations < 2 or pca.longest < 2:
         raise ValueError(
             f"an analysis of {name} needs at least two sequences and two time steps, got "
-            f"{pca.observations} of at most {pca.longest} steps."
+            f"sequences: {pca.observations}, steps of the longest: {pca.longest}."
         )
     size = np.abs(pca.inputs.mean) + np.sqrt(np.diag(pca.inputs.covariance))
     constant = np.flatnonzero(np.sqrt(np.diag(pca.inputs.covariance)) <= 1e-12 * size)

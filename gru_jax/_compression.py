@@ -55,12 +55,15 @@ def neuron_pca_of(
       (('layers/0',), True)
     """
     found: dict[Path, NeuronPCA] = {}
+    n = -1
     for n, batch in enumerate(batches):
         inputs = tuple(batch) if isinstance(batch, tuple | list) else (batch,)
         for path, part in gather(model, params, inputs, call, fold(key, n)):
             found[path] = found[path] + part if path in found else part
+    if n < 0:
+        raise ValueError("batches must hold at least one batch, got none.")
     if not found:
-        raise ValueError("no GRU layer was called: batches must not be empty, nor without layers.")
+        raise ValueError("no GRU layer was called: the model must call a GRULayer on its inputs.")
     return {path: check_enough("/".join(path) or "the model", pca) for path, pca in found.items()}
 
 
@@ -107,6 +110,8 @@ def project_model(
       >>> layer.apply({"params": small}, x).shape, info.learnables[0]
       ((32, 50, 100), 33900)
     """
+    if not isinstance(pca, Mapping):
+        raise TypeError(f"pca must come from neuron_pca_of, got {type(pca).__name__}.")
     modes = {path: part.reset_gate_mode for path, part in pca.items()}
     known = learnables_of(model, params, modes)
     missing = ["/".join(path) for path in pca if path not in known]

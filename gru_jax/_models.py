@@ -208,11 +208,14 @@ def _check_paths(
     """Raises unless the parameters of a linen model have its leaves; projectors may differ."""
     projectors = {(*path, name) for path in layers for name in LEAF_NAMES if name not in PER_GATE}
     _check_same(given.keys() - projectors, expected.keys() - projectors)
+    projected = {path[:-1] for path in (given.keys() | expected.keys()) & projectors}
     for path in sorted(given.keys() & expected.keys()):
-        if len(given[path]) != len(expected[path]):
+        got, wanted = given[path], expected[path]
+        free = path[:-1] in projected and path[-1] in LEAF  # its columns follow its projectors
+        if len(got) != len(wanted) or (got != wanted and not free):
             raise ValueError(
-                f"params do not belong to this model: {'/'.join(path)!r} must have as many axes as "
-                f"{expected[path]}, got shape {given[path]}. Map stacks with jax.vmap."
+                f"params do not belong to this model: {'/'.join(path)!r} must have shape {wanted} "
+                f"for these inputs, got {got}. Map stacks with jax.vmap."
             )
 
 

@@ -184,10 +184,13 @@ def _finite(loss: Any) -> float:
 
 def check_fraction(option: str, value: Any) -> float:
     """Returns a goal that lies between 0 and 1."""
-    value = _checks.number(option, value)
-    if not 0 < value < 1:
+    try:
+        number = float("text" if isinstance(value, str | bool) else value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{option} must be a number between 0 and 1, got {value!r}.") from None
+    if not 0 < number < 1:
         raise ValueError(f"{option} must lie between 0 and 1, both excluded, got {value}.")
-    return value
+    return number
 
 
 def _fixed(options: Mapping[str, Any], layers: Mapping[Path, Sizes]) -> Fixed:

@@ -109,13 +109,12 @@ def as_learnables(params: GRUParams, arrays: dict[str, Any]) -> GRUParams:
 
 def expand(params: GRUParams) -> GRUParams:
     """Returns the dense parameters of the same function, W = W' Q_iᵀ and R = R' Q_oᵀ."""
-    arrays = {name: np.asarray(a, np.float64) for name, a in params.arrays().items()}
+    changed: dict[str, Any] = {}
     for side in SIDES:
-        Q = arrays.pop(side.projector, None)
+        small, Q = getattr(params, side.weights), getattr(params, side.projector)
         if Q is not None:
-            arrays[side.weights] = arrays[side.weights] @ Q.T
-    dense = as_learnables(params, arrays)
-    return dense.replace(input_projector=None, output_projector=None)
+            changed[side.weights] = jnp.matmul(small, Q.T.astype(small.dtype), precision="highest")
+    return params.replace(**changed, input_projector=None, output_projector=None)
 
 
 def _sensitivity(pca: NeuronPCA) -> tuple[np.ndarray, np.ndarray]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import numpy as np
 from flax import nnx
 
 from gru_jax._activity import NeuronPCA, analyse
@@ -72,9 +73,8 @@ def _apply(model: Any, params: Any, *inputs: Any) -> Any:
 
 def _flags(model: Any, inputs: tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """(x, lengths) or (x, mask) as x and a keyword, where the model has this keyword."""
-    if len(inputs) != 2 or not hasattr(inputs[1], "dtype"):
-        return inputs, {}
-    name = "mask" if inputs[1].dtype == bool else "lengths"
+    kind = np.asarray(inputs[1]).dtype.kind if len(inputs) == 2 else ""
+    name = {"b": "mask", "i": "lengths", "u": "lengths"}.get(kind)
     if name not in inspect.signature(type(model).__call__).parameters:
         return inputs, {}
     return inputs[:1], {name: inputs[1]}

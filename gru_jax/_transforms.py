@@ -135,8 +135,10 @@ def _clip_together(updates: Any, threshold: Any) -> Any:
     sizes = [jnp.abs(leaf).astype(wide) for leaf in leaves]
     largest = jnp.stack([jnp.max(size, initial=0) for size in sizes]).max()
     # Squares of the sizes could overflow; of a unit near the largest number, so would 1 / unit.
-    unit = jnp.maximum(largest / 16, jnp.finfo(wide).tiny)
-    root = jnp.sqrt(jnp.stack([jnp.sum(jnp.square(size / unit)) for size in sizes]).sum())
+    unit = jnp.where(largest > 0, jnp.maximum(largest / 16, jnp.finfo(wide).tiny), 1)
+    unit = jax.lax.stop_gradient(unit)  # it cancels out
+    total = jnp.stack([jnp.sum(jnp.square(size / unit)) for size in sizes]).sum()
+    root = jnp.sqrt(jnp.where(total == 0, 1, total))  # whose derivative at 0 is not finite
     if isinstance(threshold, float):
         threshold = min(threshold, float(jnp.finfo(wide).max))
     limit = jnp.asarray(threshold, wide)
@@ -146,7 +148,7 @@ def _clip_together(updates: Any, threshold: Any) -> Any:
             return leaf
         own = _checks.promote(leaf.dtype, wide)
         clipped = (leaf.astype(own) / unit.astype(own)) * (limit / root).astype(own)
-        return jnp.where(unit * root > limit, clipped.astype(leaf.dtype), leaf)
+        return jnp.where((unit * root > limit) & (total != 0), clipped.astype(leaf.dtype), leaf)
 
     return jax.tree.map(clip, updates)
 

@@ -6,7 +6,8 @@ nearly all of their variance lies. With Q_i and Q_o orthonormal bases of these,
     W x ≈ W' (Q_iᵀ x),  W' = W Q_i        R h ≈ R' (Q_oᵀ h),  R' = R Q_o
 
 which stores (3H + I)·P_i numbers instead of 3H·I and 4·H·P_o instead of 3H². The expected value of
-what is dropped goes into the bias. Fine-tuning afterwards is highly recommended.
+what is dropped, taken over x_t and h_{t-1}, goes into the bias. Fine-tuning afterwards is highly
+recommended.
 """
 
 from collections.abc import Callable, Iterable

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from gru_jax import _checks
+from gru_jax import _arguments, _checks
 
 SIDES = ("right", "left")
 
@@ -64,6 +64,10 @@ def pad(
             f"length must be at least {lengths.max()}, the longest sequence's, got {length}; cut "
             "long sequences with gru_jax.ragged.chunks."
         )
+    with np.errstate(invalid="ignore"):
+        held = np.asarray(value).astype(first.dtype)
+    if first.dtype.kind in "biu" and held != value:
+        raise ValueError(f"value must be one that {first.dtype} can hold, got {value!r}.")
     x = np.full((len(sequences), steps, *first.shape[1:]), value, first.dtype)
     starts = steps - lengths if side == "left" else np.zeros_like(lengths)
     for row, start, sequence in zip(x, starts, sequences, strict=True):
@@ -138,8 +142,8 @@ def chunks(x: Any, length: int, lengths: Any = None) -> list[Any]:
       true lengths in it: a sequence that ended before has length 0 there, and keeps its state.
 
     Raises:
-      TypeError: `length` is no integer.
-      ValueError: `length` is not positive, or a shape is wrong.
+      TypeError: `length` or `lengths` are no integers.
+      ValueError: `length` is not positive, a shape is wrong, or lengths lie outside 0…time.
 
     Example:
       >>> import jax, jax.numpy as jnp, gru_jax
@@ -161,11 +165,7 @@ def chunks(x: Any, length: int, lengths: Any = None) -> list[Any]:
     if np.ndim(x) < 2:
         raise ValueError(f"x must have axes (*batch, time, channels), got shape {np.shape(x)}.")
     if lengths is not None:
-        lengths = lengths if hasattr(lengths, "clip") else np.asarray(lengths)
-        if lengths.shape != x.shape[:-2]:
-            raise ValueError(
-                f"lengths must have the batch axes of x, {x.shape[:-2]}, got {lengths.shape}."
-            )
+        lengths = _arguments.check_lengths(lengths, None, x.shape[:-1])
     pieces = []
     for start in range(0, x.shape[-2], length):
         piece = x[..., start : start + length, :]

@@ -1140,12 +1140,12 @@ MISTAKES = {
     "no params in linen": (of(layer, None, X), ValueError, "do not belong", "lack ['bias'"),
     "a missing leaf": (of(Middle(), {"GRULayer_0": leaves()}, X), ValueError, "Dense_0/bias"),
     "an unknown leaf": (of(layer, leaves(weight=jnp.ones(1)), X), ValueError, "have ['weight']"),
-    "another size": (of(linen.GRULayer(3), leaves(), X), ValueError, "must have 9 rows on axis 0",
-                     "num_hidden_units = 3, got shape (6, "),
-    "another mode": (of(layer, leaves(bias=jnp.ones(12)), X), ValueError, "bias must have 6 rows",
-                     "got shape (12,)"),
+    "another size": (of(linen.GRULayer(3), leaves(), X), ValueError, "'bias' must have shape (9,)",
+                     "for these inputs, got (6,)"),
+    "another mode": (of(layer, leaves(bias=jnp.ones(12)), X), ValueError, "do not belong",
+                     "'bias' must have shape (6,) for these inputs, got (12,)"),
     "no stack": (lambda: of(Scan(4), {"stack": _init(Block(), [X]), "GRULayer_0": leaves()}, X)(),
-                 ValueError, "'stack/Dense_0/bias' must have as many axes as (4, 3), got"),
+                 ValueError, "'stack/Dense_0/bias' must have shape (4, 3) for these inputs, got"),
     "nnx of another size": (lambda: of(nnx_gru(units=3), leaves())(), ValueError,
                             "must have 9 rows"),
     "a look-alike in linen": (of(Lookalike(), leaves(), X), ValueError, "the parameters at ''",
@@ -1381,3 +1381,23 @@ def test_gate_factors_of_malformed_parameters(matrix):
 def test_others_must_be_a_function():
     with pytest.raises(TypeError, match="others must be"):
         optim.l2_factors(None, {"a": X}, others=0.5)
+
+
+def test_widths_of_the_model():
+    """Other input sizes and other layers' widths are other models; projected columns are free."""
+    params = _init(Middle(), [X])
+    wide = jnp.ones((*X.shape[:-1], X.shape[-1] + 1), X.dtype)
+    with pytest.raises(ValueError, match=r"do not belong to this model.*input_weights"):
+        optim.learn_rate_factors(linen.GRULayer(H), leaves(), wide)
+    changed = params | {"Dense_0": {name: a[..., :1] for name, a in params["Dense_0"].items()}}
+    with pytest.raises(ValueError, match=r"'Dense_0/.*must have shape"):
+        optim.learn_rate_factors(Middle(), changed, X)
+
+
+def test_clip_at_zero_has_a_derivative():
+    jacobian = jax.jacobian(lambda g: optim.clip_by_l2_norm(100.0).update(g, None)[0])
+    np.testing.assert_array_equal(jacobian(jnp.zeros(3)), np.eye(3))
+    g = jnp.asarray([300.0, 400.0])
+    unit = g / 500.0
+    expected = 100.0 * (np.eye(2) - np.outer(unit, unit)) / 500.0
+    np.testing.assert_allclose(jacobian(g), expected, rtol=0, atol=1e-15)

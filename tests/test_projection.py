@@ -143,8 +143,16 @@ def test_batches_from_several_devices(sharded):
     ("batches", "error", "words"),
     [
         ([], ValueError, "at least one batch, got none"),
-        ([X[:1]], ValueError, "two sequences and two time steps, got 1 of at most 7"),
-        ([X[:, :1], X[:, :1]], ValueError, "two sequences and two time steps, got 12 of at most 1"),
+        (
+            [X[:1]],
+            ValueError,
+            "two sequences and two time steps, got sequences: 1, steps of the longest: 7",
+        ),
+        (
+            [X[:, :1], X[:, :1]],
+            ValueError,
+            "two sequences and two time steps, got sequences: 12, steps of the longest: 1",
+        ),
         ([(X, [1, 1, 0, 0, 0, 1])], ValueError, "two sequences and two time steps"),
         ([np.where(np.arange(I) == 2, 0.1, X)], ValueError, r"constant in channels \[2\]"),
         ([X, np.where(X > 1, np.nan, X)], ValueError, "x must be finite, got NaN"),
@@ -597,3 +605,14 @@ def test_dense_that_would_grow_stays():
 def test_dense_errors(kernel, bias, how, error, words):
     with pytest.raises(error, match=words):
         projection.project_dense(np.ones(kernel), np.ones(bias), moments_of(7)[0], **how)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_unproject_is_traceable(mode):
+    small = params_of(mode, sizes=(2, 3))
+    compiled = jax.jit(projection.unproject)(small)
+    assert_close(as_dict(compiled), as_dict(projection.unproject(small)), 1e-14)
+    gradient = jax.grad(lambda p: jnp.sum(projection.unproject(p).recurrent_weights ** 2))(small)
+    dense = np.asarray(small.recurrent_weights) @ np.asarray(small.output_projector).T
+    expected = 2 * dense @ np.asarray(small.output_projector)
+    assert relative_error(gradient.recurrent_weights, expected) < 1e-13

@@ -630,7 +630,7 @@ def test_cells_are_left_out(face):
     ("change", "error", "words"),
     [
         ({"model": Chain(jnp.tanh)}, ValueError, "no GRU layer was called"),
-        ({"batches": []}, ValueError, "no GRU layer was called: batches must not be empty"),
+        ({"batches": []}, ValueError, "batches must hold at least one batch, got none"),
         ({"model": lambda x: x}, TypeError, "must be a linen or nnx module, got function"),
         ({"batches": [X[:1]]}, ValueError, "layers/0 needs at least two sequences"),
         ({"batches": [X * 0]}, ValueError, "x of layers/0 must vary in every channel"),
@@ -728,3 +728,19 @@ def test_pairs_for_a_layer_alone(face):
     by_mask = projection.neuron_pca_of(model, params, [(X, MASK)])[()]
     assert by_length.states.count == MASK.sum()
     np.testing.assert_allclose(by_length.states.scatter, by_mask.states.scatter, rtol=1e-12)
+
+
+@pytest.mark.parametrize("face", [linen, gru_jax.nnx])
+def test_pairs_that_hold_a_state(face):
+    """Only integers and booleans are lengths and masks; floats stay where they stand."""
+    options = {"has_state_inputs": True}
+    start = jnp.asarray(RNG.normal(size=(B, H)))
+    if face is linen:
+        model = gru(**options)
+        params = model.init(jax.random.key(0), X, start)["params"]
+    else:
+        model, params = layer(**options), None
+    found = projection.neuron_pca_of(model, params, [(X, start)])[()]
+    zero = projection.neuron_pca_of(model, params, [(X, jnp.zeros((B, H)))])[()]
+    assert found.before.count == B * T
+    assert np.abs(found.states.mean - zero.states.mean).max() > 1e-3

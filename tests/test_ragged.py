@@ -77,6 +77,8 @@ def test_pad_keeps_types_and_further_axes():
         ([np.ones(2), np.ones(2, "float32")], {}, ValueError, "float64 first and float32"),
         ([np.ones(5)], {"length": 4}, ValueError, "length must be at least 5.*got 4; .*chunks"),
         ([np.ones(5)], {"length": 5.5}, TypeError, "length must be a positive integer"),
+        ([np.ones(5, int)], {"value": np.nan}, ValueError, "one that int64 can hold, got nan"),
+        ([np.ones(5, int)], {"value": 0.5}, ValueError, "one that int64 can hold, got 0.5"),
         ([np.ones(5)], {"side": "top"}, ValueError, "side must be one of 'right', 'left', got"),
     ],
 )
@@ -236,7 +238,9 @@ def test_chunks_under_jit_compile_each_shape_once():
         ((np.ones(4), 2), ValueError, r"x must have axes \(\*batch, time, channels\), got"),
         ((np.ones((4, 2)), 0), ValueError, "length must be a positive integer, got 0"),
         ((np.ones((4, 2)), 2.5), TypeError, "length must be a positive integer, got 2.5"),
-        ((np.ones((3, 4, 2)), 2, [1, 2]), ValueError, r"batch axes of x, \(3,\), got \(2,\)"),
+        ((np.ones((3, 4, 2)), 2, [1, 2]), ValueError, r"\(\*batch,\) = \(3,\), got \(2,\)"),
+        ((np.ones((1, 4, 2)), 2, [5]), ValueError, r"lengths must lie in 0\.\.4"),
+        ((np.ones((1, 4, 2)), 2, [2.0]), TypeError, "lengths must be integers, got float64"),
     ],
 )
 def test_chunks_errors(arguments, error, words):

@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from gru_jax import _checks
-from gru_jax._models import LEAF, Layer, Path, find_layers, inner_shape, path_of
+from gru_jax._models import LEAF, Found, Layer, Path, find_layers, inner_shape, path_of
 from gru_jax._params import LEAVES, GRUParams, Leaf
 
 Factor = float | tuple[float, ...]  # one, or three for (reset, update, candidate)
+
+LEARN_RATE, L2 = "learn_rate_factor", "l2_factor"  # ends of the options' names
 
 
 def gate_factors(
@@ -108,7 +110,8 @@ def learn_rate_factors(
       >>> optim.learn_rate_factors(layer, params, x)["bias"]
       array([1. , 1. , 0.5, 0.5, 2. , 2. ])
     """
-    return _model_factors("learn_rate_factor", model, params, inputs, others, lambda rank: 1.0)
+    others = _function(others)
+    return factors_of(LEARN_RATE, find_layers(model, params, inputs), others)
 
 
 def l2_factors(
@@ -142,20 +145,18 @@ def l2_factors(
       >>> float(factors["bias"][...]), float(factors["input_weights"][...])
       (0.0, 1.0)
     """
-    return _model_factors("l2_factor", model, params, inputs, others, lambda rank: float(rank >= 2))
+    others = _function(others)
+    return factors_of(L2, find_layers(model, params, inputs), others)
 
 
-def _model_factors(
-    kind: str,
-    model: Any,
-    params: Any,
-    inputs: tuple[Any, ...],
-    others: Callable[[Path, Any], float] | None,
-    of_rank: Callable[[int], float],
-) -> Any:
+def _function(others: Any) -> Any:
     if others is not None and not callable(others):
         raise TypeError(f"others must be a function of (path, leaf), got {others!r}.")
-    found = find_layers(model, params, inputs)
+    return others
+
+
+def factors_of(kind: str, found: Found, others: Callable[[Path, Any], float] | None = None) -> Any:
+    """Returns the factors of one kind for all parameters of a model that has been looked at."""
 
     def factor(keys: tuple, leaf: Any) -> np.ndarray:
         path = path_of(keys)
@@ -164,7 +165,8 @@ def _model_factors(
             value = getattr(layer.options, f"{path[-1]}_{kind}")
             return _row_blocks(value, layer, LEAF[path[-1]], jnp.ndim(leaf))
         if others is None:
-            return np.asarray(of_rank(found.ranks.get(path, jnp.ndim(leaf))))
+            matrix = found.ranks.get(path, jnp.ndim(leaf)) >= 2
+            return np.asarray(1.0 if kind == LEARN_RATE or matrix else 0.0)
         option = f"others({path}, ...)"
         return np.asarray(_checks.number(option, others(path, leaf)), np.float64)
 

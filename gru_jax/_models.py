@@ -149,6 +149,11 @@ MARKS = ("_rows_of_vectors", "_rows_of_matrices")
 LOOKS = itertools.count()
 
 
+def new_look() -> str:
+    """Returns a name that no collection and no variable of a model has, and no look before."""
+    return f"_look_{next(LOOKS)}"
+
+
 def _find_in_linen(
     model: nn.Module, inputs: tuple[Any, ...]
 ) -> tuple[dict[Path, Layer], dict[Path, int], dict[Path, tuple[int, ...]]]:
@@ -162,7 +167,7 @@ def _find_in_linen(
     ranks: dict[Path, int] = {}
     # A collection that no model has tells the modules of this call from those that a model runs on
     # its own, and keeps what nn.jit traces here, marks included, from being used again.
-    name = f"_look_{next(LOOKS)}"
+    name = new_look()
 
     def look(method: Any, args: Any, kwargs: Any, context: Any) -> Any:
         module: Any = context.module

@@ -97,11 +97,6 @@ def project_to(params: GRUParams, pca: NeuronPCA, sizes: Sizes, method: str) -> 
             arrays |= {side.weights: small, side.projector: Q}
             dropped[side] = M - small @ Q.T
     arrays["bias"] = arrays["bias"] + _mean(dropped, pca, params.reset_gate_mode)
-    return as_learnables(params, arrays)
-
-
-def as_learnables(params: GRUParams, arrays: dict[str, Any]) -> GRUParams:
-    """Returns the parameters with float64 arrays in their place, in the types that they have."""
     types = {side.projector: getattr(params, side.weights).dtype for side in SIDES}
     types |= {name: array.dtype for name, array in params.arrays().items()}
     return params.replace(**{name: jnp.asarray(a, types[name]) for name, a in arrays.items()})

@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 from gru_jax._activity import NeuronPCA, analyse
-from gru_jax._models import LEAF, LOOKS, PER_GATE, Path, path_of
+from gru_jax._models import LEAF, PER_GATE, Path, new_look, path_of
 from gru_jax._options import CellOptions, LayerOptions
 from gru_jax._params import AFTER, LEAF_NAMES, RECURRENT_BIAS, GRUParams, num_learnables
 from gru_jax._watch import Call, watch
@@ -26,7 +26,7 @@ def gather(
         paths = {id(module): path for path, module in _modules(model).items()}
         for module in _modules(model).values():
             if isinstance(module, CellOptions):
-                object.__setattr__(module, "_look", next(LOOKS))  # what nnx.jit knows is not it
+                object.__setattr__(module, "_look", new_look())  # what nnx.jit knows is not it
         call = call or _call
     elif isinstance(model, nn.Module):
         call = call or _apply
@@ -67,8 +67,7 @@ def _call(model: Any, _: Any, *inputs: Any) -> Any:
 def _apply(model: Any, params: Any, *inputs: Any) -> Any:
     """Runs a linen model; with a collection of its own, so that nn.jit traces it anew."""
     inputs, flags = _flags(model, inputs)
-    look = [f"_look_{next(LOOKS)}"]
-    return model.apply({"params": params}, *inputs, mutable=look, **flags)
+    return model.apply({"params": params}, *inputs, mutable=[new_look()], **flags)
 
 
 def _flags(model: Any, inputs: tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -9,10 +9,12 @@ from typing import Any
 
 import optax
 
-from gru_jax import _checks, _factors
+from gru_jax import _checks
+from gru_jax._factors import L2, LEARN_RATE, factors_of
 from gru_jax._factors import gate_factors as gate_factors
 from gru_jax._factors import l2_factors as l2_factors
 from gru_jax._factors import learn_rate_factors as learn_rate_factors
+from gru_jax._models import find_layers
 from gru_jax._transforms import add_l2_regularization as add_l2_regularization
 from gru_jax._transforms import clip_by_global_norm, freeze, masked
 from gru_jax._transforms import clip_by_l2_norm as clip_by_l2_norm
@@ -87,10 +89,12 @@ def training_solver(
       >>> bool((updates["recurrent_weights"][100:200] == 0).all())
       True
     """
-    if learn_rate_factors is None:
-        learn_rate_factors = _factors.learn_rate_factors(model, params, *inputs)
-    if l2_factors is None:
-        l2_factors = _factors.l2_factors(model, params, *inputs)
+    if learn_rate_factors is None or l2_factors is None:
+        found = find_layers(model, params, inputs)
+        if learn_rate_factors is None:
+            learn_rate_factors = factors_of(LEARN_RATE, found)
+        if l2_factors is None:
+            l2_factors = factors_of(L2, found)
     decay = add_l2_regularization(
         _checks.number("l2_regularization", l2_regularization), l2_factors
     )

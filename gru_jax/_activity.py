@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gru_jax import _cell
+from gru_jax import _products
 from gru_jax._moments import Moments
 from gru_jax._params import GRUParams
 from gru_jax._sequence import Options, run
@@ -165,17 +165,18 @@ def _before(
 @jax.jit
 def _reset_gate(params: GRUParams, before: jax.Array, x: jax.Array) -> jax.Array:
     params = jax.tree.map(lambda a: a.astype(x.dtype), params)
-    eq, rec = _cell.equations(params), _cell.recurrent(params)
-    Rh = _cell.times(rec.weights[0], _cell.project(eq, rec, before), None)
-    return eq.gate(_cell.input_parts(params, x)[0] + Rh)
+    eq, learn = _products.equations(params), _products.thirds(_products.learnables(params))
+    x_r, *_ = _products.input_parts(eq, learn)(_products.project_inputs(params, x))
+    Rh_r, *_ = _products.in_bulk(eq, learn).gates(before)
+    return eq.gate(x_r + Rh_r)
 
 
 def _gradients(
     how: Options, params: GRUParams, x: jax.Array, key: jax.Array, rest: tuple[Any, ...]
 ) -> jax.Array:
     """Gradients of random directions of the output by W x_t, (draws, *batch, T, 3H)."""
-    W, Q = params.input_weights, params.input_projector
-    Wx = _cell.times(W, x if Q is None else _cell.times(Q.T, x, None), None)
+    W = params.input_weights
+    Wx = _products.times(W, _products.project_inputs(params, x), None)
     identity = jnp.eye(W.shape[0], dtype=W.dtype)
     direct = params.replace(input_weights=identity, input_projector=None)
     y, pull = jax.vjp(lambda Wx: run(how, direct, Wx, *rest)[0], Wx)

@@ -1,7 +1,6 @@
-"""The equations of the GRU: one step, and the coefficients of its derivative.
+"""The equations of the GRU: one step, its coefficients, and the linear steps of its derivative.
 
-Letters: H hidden units, I input channels, P the columns of R (H, or P_o with an output projector).
-Rows are in the order reset, update, candidate. Everything broadcasts over leading axes.
+The letters are those of `_products`. Everything broadcasts over leading axes.
 """
 
 from collections.abc import Callable
@@ -10,31 +9,34 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from gru_jax import _activations, _arguments, _checks
-from gru_jax._params import RESET_MODES, GRUParams
-
-
-class Equations(NamedTuple):
-    """Which GRU it is: static, hashable."""
-
-    reset_after: bool
-    gate: Callable  # σ_g
-    state: Callable  # σ_s
-    precision: Any
-
-
-class Recurrent(NamedTuple):
-    """The learnables inside the recurrence, cut once before the loop."""
-
-    weights: jax.Array  # rows that multiply h: (3, H, P), or (2, H, P) where the reset comes before
-    candidate: Any  # rows that multiply r ⊙ h, (H, P), where the reset comes before, else None
-    bias: jax.Array | None  # b_Rh̃, (H,), in recurrent-bias mode
-    projector: jax.Array | None  # Q_oᵀ, (P_o, H)
+from gru_jax import _arguments, _checks
+from gru_jax._params import GRUParams
+from gru_jax._products import (
+    Equations,
+    Learnables,
+    Products,
+    Three,
+    equations,
+    in_bulk,
+    in_loop,
+    input_parts,
+    input_row,
+    learnables,
+    project_inputs,
+    row,
+    sum_of_transposed,
+)  # fmt: skip
 
 
-Parts = tuple[jax.Array, jax.Array, jax.Array]
+class Coefficients(NamedTuple):
+    """Of the linear map dh_{t-1} → dh_t; σ_g' and σ_s' at the arguments of the gate in question."""
+
+    z: jax.Array
+    r: jax.Array
+    c_r: jax.Array  # reset after: (1−z) σ_s' (R_h̃ h + b_Rh̃) σ_g'(r); reset before: h σ_g'(r)
+    c_z: jax.Array  # (h − h̃) σ_g'(z)
+    c_n: jax.Array  # (1−z) σ_s'
 
 
 def gru_cell(params: GRUParams, h: jax.Array, x: jax.Array, *, precision: Any = None) -> jax.Array:
@@ -85,121 +87,86 @@ def gru_cell(params: GRUParams, h: jax.Array, x: jax.Array, *, precision: Any = 
 def _gru_cell(precision: Any, params: GRUParams, h: jax.Array, x: jax.Array) -> jax.Array:
     _, dtype = _arguments.result_dtypes(x, h, *params.arrays().values())
     params, wide_h, x = jax.tree.map(lambda a: a.astype(dtype), (params, h, x))
-    parts = input_parts(params, x, precision)
-    return step(equations(params, precision), recurrent(params), wide_h, parts).astype(h.dtype)
+    eq, learn = equations(params, precision), learnables(params)
+    x_g = input_row(eq, learn, project_inputs(params, x, precision))
+    return step(eq, learn, in_loop(eq, learn), wide_h, x_g)[0].astype(h.dtype)
 
 
-def equations(params: GRUParams, precision: Any = None) -> Equations:
-    """The static side of the parameters."""
-    return Equations(
-        RESET_MODES[params.reset_gate_mode].reset_after,
-        _activations.gate_function(params.gate_activation_function),
-        _activations.state_function(params.state_activation_function),
-        precision,
-    )
+def step(
+    eq: Equations, learn: Learnables, by: Products, h: jax.Array, x: Three
+) -> tuple[jax.Array, Coefficients]:
+    """h_t from h_{t-1} and the input parts, and the coefficients of its derivative.
 
-
-def recurrent(params: GRUParams) -> Recurrent:
-    """The learnables of the recurrence."""
-    mode = RESET_MODES[params.reset_gate_mode]
-    R = params.recurrent_weights
-    H = R.shape[0] // 3
-    R = R.reshape(3, H, R.shape[1])
-    Q = params.output_projector
-    return Recurrent(
-        R if mode.reset_after else R[:2],
-        None if mode.reset_after else R[2],
-        params.bias[5 * H :] if mode.recurrent_bias else None,
-        None if Q is None else Q.T,
-    )
-
-
-def input_parts(params: GRUParams, x: jax.Array, precision: Any = None) -> Parts:
-    """W_g x + b_g for the three gates; b_Rr and b_Rz, which nothing multiplies, are added here too.
-
-    Three arrays of shape (*batch, H) and not one of 3H: a loop that reads them needs no slices.
-    """
-    H = params.recurrent_weights.shape[0] // 3
-    b = params.bias[: 3 * H].reshape(3, H)
-    if RESET_MODES[params.reset_gate_mode].recurrent_bias:
-        b = b.at[:2].add(params.bias[3 * H : 5 * H].reshape(2, H))
-    if params.input_projector is not None:
-        x = times(params.input_projector.T, x, precision)
-    W = params.input_weights.reshape(3, H, x.shape[-1])
-    x_r, x_z, x_n = (add_row(times(W[g], x, precision), b[g]) for g in range(3))
-    return x_r, x_z, x_n
-
-
-def step(eq: Equations, rec: Recurrent, h: jax.Array, x: Parts) -> jax.Array:
-    """h_t from h_{t-1} and the input parts: the step that `jax.lax.scan` runs."""
-    x_r, x_z, x_n = x
-    Rh = times(rec.weights, project(eq, rec, h), eq.precision)
-    r = eq.gate(x_r + Rh[..., 0, :])
-    z = eq.gate(x_z + Rh[..., 1, :])
-    if eq.reset_after:
-        n = eq.state(x_n + r * _with_bias(rec, Rh[..., 2, :]))
-    else:
-        n = eq.state(x_n + times(rec.candidate, project(eq, rec, r * h), eq.precision))
-    return (1.0 - z) * n + z * h
-
-
-def coefficients(eq: Equations, rec: Recurrent, h: jax.Array, x: Parts) -> tuple[jax.Array, ...]:
-    """The coefficients of the linear map dh_{t-1} → dh_t that `linear_step` applies.
-
-    σ_g' and σ_s' are the slopes at the arguments of the gate in question:
-
-        reset after:   z,  C = [(1−z) σ_s' (R_h̃ h + b) σ_g'(r),  (h − h̃) σ_g'(z),  (1−z) σ_s' r]
-        reset before:  z,  r,  c_r = h σ_g'(r),  c_z = (h − h̃) σ_g'(z),  c_n = (1−z) σ_s'
+    Where the coefficients are not used, they are not computed: the compiler drops them.
     """
     x_r, x_z, x_n = x
-    Rh = times(rec.weights, project(eq, rec, h), eq.precision)
-    r, dr = _value_and_slope(eq.gate, x_r + Rh[..., 0, :])
-    z, dz = _value_and_slope(eq.gate, x_z + Rh[..., 1, :])
+    Rh_r, Rh_z, Rh_n = by.gates(h)
+    r, dr = _value_and_slope(eq.gate, x_r + Rh_r)
+    z, dz = _value_and_slope(eq.gate, x_z + Rh_z)
     if eq.reset_after:
-        a = _with_bias(rec, Rh[..., 2, :])
+        a = Rh_n if learn.b_n is None else Rh_n + row(learn.b_n, h)
         n, dn = _value_and_slope(eq.state, x_n + r * a)
-        dn = (1.0 - z) * dn
-        return z, jnp.stack([dn * a * dr, (h - n) * dz, dn * r], axis=-2)
-    a = times(rec.candidate, project(eq, rec, r * h), eq.precision)
-    n, dn = _value_and_slope(eq.state, x_n + a)
-    return z, r, h * dr, (h - n) * dz, (1.0 - z) * dn
+        c_n = (1.0 - z) * dn
+        c_r = c_n * a * dr
+    else:
+        n, dn = _value_and_slope(eq.state, x_n + by.candidate(r * h))
+        c_n = (1.0 - z) * dn
+        c_r = h * dr
+    return (1.0 - z) * n + z * h, Coefficients(z, r, c_r, (h - n) * dz, c_n)
 
 
-def linear_step(
-    eq: Equations, rec: Recurrent, c: tuple[jax.Array, ...], dh: jax.Array
-) -> jax.Array:
-    """Returns J_t dh, linear in dh.
+def linear_step(eq: Equations, by: Products, c: Coefficients, dh: jax.Array) -> jax.Array:
+    """J dh: what a change of the state before a step makes of the state after it.
 
-    reset after:   z dh + Σ_g C_g ⊙ (R_g dh)
-    reset before:  z dh + c_z ⊙ (R_z dh) + c_n ⊙ R_h̃ (c_r ⊙ (R_r dh) + r ⊙ dh)
+    reset after:   z dh + c_r (R_r dh) + c_z (R_z dh) + c_n r (R_h̃ dh)
+    reset before:  z dh + c_z (R_z dh) + c_n R_h̃ (c_r (R_r dh) + r dh)
     """
-    Rd = times(rec.weights, project(eq, rec, dh), eq.precision)
+    p_r, p_z, p_n = by.gates(dh)
     if eq.reset_after:
-        z, C = c
-        return z * dh + jnp.sum(C * Rd, axis=-2)
-    z, r, c_r, c_z, c_n = c
-    inner = project(eq, rec, c_r * Rd[..., 0, :] + r * dh)
-    return z * dh + c_z * Rd[..., 1, :] + c_n * times(rec.candidate, inner, eq.precision)
+        return c.z * dh + c.c_r * p_r + c.c_z * p_z + c.c_n * c.r * p_n
+    return c.z * dh + c.c_z * p_z + c.c_n * by.candidate(c.c_r * p_r + c.r * dh)
 
 
-def project(eq: Equations, rec: Recurrent, v: jax.Array) -> jax.Array:
-    """Q_oᵀ v, or v where there is no output projector."""
-    return v if rec.projector is None else times(rec.projector, v, eq.precision)
+def forcing(
+    eq: Equations, learn: Learnables, c: Coefficients, h: jax.Array, x: jax.Array,
+    d_learn: Learnables, dx: jax.Array,
+) -> jax.Array:  # fmt: skip
+    """u: what changes of the learnables and of the inputs add to the state after a step.
+
+    As `linear_step`, with dR_g h + dW_g x + W_g dx + db_g in place of R_g dh. All in thirds.
+    """
+    parts = lambda learn, x: input_parts(eq, learn)(x)  # noqa: E731
+    _, (x_r, x_z, x_n) = jax.jvp(parts, (learn, x), (d_learn, dx))
+    _, p = jax.jvp(lambda learn: in_bulk(eq, learn).gates(h), (learn,), (d_learn,))
+    e_r, e_z = x_r + p[0], x_z + p[1]
+    if eq.reset_after:
+        p_n = p[2] if d_learn.b_n is None else p[2] + row(d_learn.b_n, h)
+        return c.c_r * e_r + c.c_z * e_z + c.c_n * (x_n + c.r * p_n)
+    candidate = lambda learn, v: in_bulk(eq, learn).candidate(v)  # noqa: E731
+    _, p_n = jax.jvp(candidate, (learn, c.r * h), (d_learn, c.c_r * e_r))
+    return c.c_z * e_z + c.c_n * (x_n + p_n)
 
 
-def times(matrix: jax.Array, v: jax.Array, precision: Any) -> jax.Array:
-    """M v for every vector v in the last axis: (..., n) and (*rows, n) give (..., *rows)."""
-    contract = ((v.ndim - 1,), (matrix.ndim - 1,))
-    return lax.dot_general(v, matrix, (contract, ((), ())), precision=precision)
+def adjoint_step(eq: Equations, learn: Learnables) -> Callable:
+    """Returns (c, dh) -> Jᵀ dh, the transpose of `linear_step`.
 
+    reset after:   z dh + R_rᵀ (c_r dh) + R_zᵀ (c_z dh) + R_h̃ᵀ (c_n r dh)
+    reset before:  z dh + r m + R_rᵀ (c_r m) + R_zᵀ (c_z dh),  m = R_h̃ᵀ (c_n dh)
+    """
+    back = partial(sum_of_transposed, eq, learn.Q)
+    H = learn.R.shape[0] // 3
+    R = learn.R.reshape(3, H, learn.R.shape[1])
 
-def add_row(array: jax.Array, row: jax.Array) -> jax.Array:
-    """Array + row, the row standing for every leading index."""
-    return array + jnp.expand_dims(row, tuple(range(array.ndim - 1)))
+    def after(c: Coefficients, dh: jax.Array) -> jax.Array:
+        return c.z * dh + back(R, (c.c_r * dh, c.c_z * dh, c.c_n * c.r * dh))
 
+    R_rz, R_n = R[:2], R[2:]
 
-def _with_bias(rec: Recurrent, Rh: jax.Array) -> jax.Array:
-    return Rh if rec.bias is None else add_row(Rh, rec.bias)
+    def before(c: Coefficients, dh: jax.Array) -> jax.Array:
+        m = back(R_n, (c.c_n * dh,))
+        return c.z * dh + c.r * m + back(R_rz, (c.c_r * m, c.c_z * dh))
+
+    return after if eq.reset_after else before
 
 
 def _value_and_slope(function: Callable, a: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -8,9 +8,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from gru_jax import _arguments, _cell, _checks
+from gru_jax import _arguments, _cell, _checks, _products
+from gru_jax._blocks import TIME, block_of
+from gru_jax._derivative import Flags, Given, Loop, Results
 from gru_jax._params import GRUParams
-from gru_jax._recurrence import STATES, Ends, Loop, Steps, last_state, states
+from gru_jax._recurrence import states
+
+KEPT_BYTES = 2**29  # above, the backward pass recomputes unless told otherwise
 
 
 class Options(NamedTuple):
@@ -22,14 +26,6 @@ class Options(NamedTuple):
     checkpoint: int | str | None
     precision: Any
     implementation: str | None
-
-
-class Inputs(NamedTuple):
-    """What enters the loop, time first."""
-
-    x: jax.Array  # (T, *batch, I)
-    skip: jax.Array | None  # (T, *batch, 1)
-    reset: jax.Array | None  # (T, *batch, 1)
 
 
 def gru(
@@ -154,16 +150,16 @@ def _gru(
 
     if lengths is not None:
         mask = _within(lengths, x.shape[:-1])
-    skip = None if mask is None else _time_first(~mask[..., None])
-    reset = None if resets is None else _time_first(resets[..., None])
-    x = _time_first(x) if skip is None else jnp.where(skip, 0.0, _time_first(x))
-    h0 = _typed(params, h0, x[0], options.precision)
-    ends = Ends(h0, h0 if back is None else back.astype(dtype))
-    hs, hidden = _segments(options, params, ends, Inputs(x, skip, reset))
+    skip = None if mask is None else ~mask[..., None]
+    reset = None if resets is None else resets[..., None]
+    if skip is not None:
+        x, reset = jnp.where(skip, 0.0, x), None if reset is None else reset & ~skip
+    h0 = _typed(params, h0, lax.index_in_dim(x, 0, x.ndim - 2, keepdims=False), options.precision)
+    back = h0 if back is None else back.astype(dtype)
+    hs, hidden = _segments(options, params, x, h0, back, Flags(skip, reset))
     if hs is None:
         return hidden.astype(result), hidden
-    y = hs if skip is None else jnp.where(skip, 0.0, hs)
-    return jnp.moveaxis(y, 0, -2).astype(result), hidden
+    return (hs if skip is None else jnp.where(skip, 0.0, hs)).astype(result), hidden
 
 
 def _within(lengths: jax.Array, shape: tuple) -> jax.Array:
@@ -176,71 +172,77 @@ def _within(lengths: jax.Array, shape: tuple) -> jax.Array:
     return lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1) < lengths[..., None]
 
 
-def _time_first(a: jax.Array) -> jax.Array:
-    """(*batch, T, C) to (T, *batch, C)."""
-    return jnp.moveaxis(a, -2, 0)
-
-
 def _segments(
-    options: Options, params: GRUParams, ends: Ends, inputs: Inputs
-) -> tuple[jax.Array | None, jax.Array]:
+    options: Options, params: GRUParams, x: jax.Array, h: jax.Array, back: jax.Array, flags: Flags
+) -> Results:
     """Runs all time in one piece, or in pieces whose inner states the backward pass recomputes."""
     piece = partial(_piece, options, params)
-    if options.checkpoint is None:
-        return piece(ends, inputs)
-    if options.checkpoint == 1:
-        policy = jax.checkpoint_policies.save_only_these_names(STATES)
-        return jax.checkpoint(piece, policy=policy)(ends, inputs)
+    if options.checkpoint in (None, 1):
+        return piece(x, h, back, flags)
 
-    T = inputs.x.shape[0]
+    T, reverse = x.shape[TIME], options.reverse
     n = math.ceil(math.sqrt(T)) if isinstance(options.checkpoint, str) else options.checkpoint
     n = min(n, T)
-    whole, rest = _cut(inputs, n, options.reverse)
+    border = T % n if reverse else T - T % n
+    first = block_of((x, flags), 0, border)
+    second = block_of((x, flags), border, T - border)
+    whole, rest = (second, first) if reverse else (first, second)
+    piece = jax.checkpoint(piece)
 
-    def body(h: jax.Array, now: Inputs) -> tuple:
-        hs, h = jax.checkpoint(piece)(Ends(h, ends.back), now)
+    def body(h: jax.Array, now: tuple) -> tuple:
+        x, flags = now
+        hs, h = piece(x, h, back, flags)
         return h, hs
 
-    h, hs = lax.scan(body, ends.enter, whole, reverse=options.reverse)
-    tail, h = jax.checkpoint(piece)(Ends(h, ends.back), rest) if T % n else (None, h)
-    if hs is None:
-        return None, h
-    hs = hs.reshape(T - T % n, *hs.shape[2:])
-    if tail is not None:
-        hs = lax.concatenate((tail, hs) if options.reverse else (hs, tail), 0)
-    return hs, h
+    h, hs = lax.scan(body, h, jax.tree.map(partial(_pieces, n), whole), reverse=reverse)
+    hs = None if hs is None else _joined(hs)
+    if T % n:
+        tail, h = piece(rest[0], h, back, rest[1])
+        if hs is not None:
+            hs = lax.concatenate((tail, hs) if reverse else (hs, tail), hs.ndim + TIME)
+    return Results(hs, h)
 
 
-def _cut(inputs: Inputs, n: int, reverse: bool) -> tuple[Inputs, Inputs]:
-    """Whole segments of n steps, (T // n, n, …), and the T % n steps that are processed last."""
-    T = inputs.x.shape[0]
-    rest = T % n
-    border = rest if reverse else T - rest
-    first, second = slice(0, border), slice(border, T)
-    whole, last = (second, first) if reverse else (first, second)
-    pieces = jax.tree.map(lambda a: a[whole].reshape(T // n, n, *a.shape[1:]), inputs)
-    return pieces, jax.tree.map(lambda a: a[last], inputs)
+def _pieces(n: int, a: jax.Array) -> jax.Array:
+    """(*batch, k n, C) to (k, *batch, n, C)."""
+    *batch, T, C = a.shape
+    return jnp.moveaxis(a.reshape(*batch, T // n, n, C), -3, 0)
+
+
+def _joined(a: jax.Array) -> jax.Array:
+    """(k, *batch, n, C) to (*batch, k n, C)."""
+    k, *batch, n, C = a.shape
+    return jnp.moveaxis(a, 0, -3).reshape(*batch, k * n, C)
 
 
 def _piece(
-    options: Options, params: GRUParams, ends: Ends, inputs: Inputs
-) -> tuple[jax.Array | None, jax.Array]:
-    """Runs the recurrence over some steps, time first."""
-    eq = _cell.equations(params, options.precision)
-    steps = Steps(_cell.input_parts(params, inputs.x, eq.precision), inputs.skip, inputs.reset)
-    loop = Loop(eq, options.reverse, options.unroll)
-    arguments = (loop, _cell.recurrent(params), ends, steps)
-    if options.output_mode == "last":
-        return None, last_state(*arguments)
-    return states(*arguments)
+    options: Options, params: GRUParams, x: jax.Array, h: jax.Array, back: jax.Array, flags: Flags
+) -> Results:
+    """Runs the recurrence over some steps."""
+    eq = _products.equations(params, options.precision)
+    keep = options.checkpoint != 1 and _fits(x.shape[:-1], h)
+    loop = Loop(eq, options.reverse, options.unroll, options.output_mode == "sequence", keep)
+    given = Given(
+        _products.learnables(params), _products.project_inputs(params, x, eq.precision), h, back
+    )
+    return states(loop, _alike(given), flags)
 
 
 def _typed(params: GRUParams, h: jax.Array, x: jax.Array, precision: Any) -> jax.Array:
     """h, typed as one step would return it (sharding, mapped axes); costs nothing once compiled."""
-    one = _cell.step(
-        _cell.equations(params, precision),
-        _cell.recurrent(params),
-        h,
-        _cell.input_parts(params, x, precision),
-    )
-    return h + jnp.zeros_like(one)
+    eq, learn = _products.equations(params, precision), _products.learnables(params)
+    thirds, by = _products.thirds(learn), _products.in_loop(eq, learn)
+    parts = _products.input_parts(eq, thirds)(_products.project_inputs(params, x, precision))
+    return h + jnp.zeros_like(_cell.step(eq, learn, by, h, parts)[0])
+
+
+def _fits(shape: tuple, h: jax.Array) -> bool:
+    """Whether the coefficients of all steps, five numbers for each of h, are few enough to keep."""
+    kept = 5 * math.prod(shape) * h.shape[-1] * h.dtype.itemsize
+    return not isinstance(kept, int) or kept <= KEPT_BYTES
+
+
+def _alike(given: Given) -> Given:
+    """The arrays, all varying over the mapped axes of `enter`; costs nothing once compiled."""
+    zero = jnp.sum(jnp.zeros_like(given.enter))
+    return jax.tree.map(lambda a: a + zero, given)

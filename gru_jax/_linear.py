@@ -1,0 +1,131 @@
+"""A linear map of known numbers with a fast program for each direction.
+
+JAX differentiates the time loop of the GRU through such a map: forward mode runs `forward`, reverse
+mode `backward`, which JAX could only get by transposing `forward` operation by operation. Both may
+be loops that write into buffers, which is fast and which JAX can differentiate only badly; whoever
+differentiates the map once more gets the derivative of `smooth`, the same map as a `jax.lax.scan`.
+"""
+
+from collections.abc import Callable, Hashable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+
+class Linear(NamedTuple):
+    """The programs of one map, out = L(known) · operand: static, hashable."""
+
+    forward: Callable  # (static, known, operand) -> out
+    backward: Callable  # (static, known, cotangent of out) -> cotangent of operand
+    smooth: Callable  # the same as forward, from operations that JAX can differentiate well
+    like: Callable  # (static, known) -> something with the types of the operand
+
+
+class _Call(NamedTuple):
+    """One use of a map: static, hashable."""
+
+    linear: Linear
+    static: Hashable
+    transposed: bool
+    known: Any  # tree structures
+    operand: Any
+    out: Any
+    batch: tuple[tuple[int | None, ...], ...]  # axes of the known arrays, for each vmap
+
+
+def linear_call(linear: Linear, static: Hashable, known: Any, operand: Any) -> Any:
+    """Returns L(known) · operand; `known` and `operand` are trees of arrays."""
+    forward = partial(linear.forward, static)
+    out = jax.tree.structure(jax.eval_shape(forward, known, operand))
+    leaves, tree = jax.tree.flatten(known)
+    operands, operand_tree = jax.tree.flatten(operand)
+    call = _Call(linear, static, False, tree, operand_tree, out, ())
+    return jax.tree.unflatten(out, _linear_p.bind(*leaves, *operands, call=call))
+
+
+def _flat(call: _Call, program: Callable) -> Callable:
+    """`program` of trees as a function of arrays, mapped over all axes of `call.batch`."""
+
+    def flat(known: tuple, operand: tuple) -> list:
+        tree = call.out if call.transposed else call.operand
+        return jax.tree.leaves(
+            program(call.static, call.known.unflatten(known), tree.unflatten(operand))
+        )
+
+    for axes in call.batch:
+        flat = jax.vmap(flat, in_axes=(axes, 0))
+    return flat
+
+
+def _run(*arrays: jax.Array, call: _Call) -> list:
+    program = call.linear.backward if call.transposed else call.linear.forward
+    return _flat(call, program)(*_cut(call, arrays))
+
+
+def _smooth(*arrays: jax.Array, call: _Call) -> list:
+    linear = call.linear
+
+    def transposed(static: Hashable, known: Any, cotangent: Any) -> Any:
+        smooth = partial(linear.smooth, static, known)
+        return jax.linear_transpose(smooth, linear.like(static, known))(cotangent)[0]
+
+    return _flat(call, transposed if call.transposed else linear.smooth)(*_cut(call, arrays))
+
+
+def _cut(call: _Call, arrays: Any) -> tuple[tuple, tuple]:
+    n = call.known.num_leaves
+    return tuple(arrays[:n]), tuple(arrays[n:])
+
+
+def _types(*avals: Any, call: _Call) -> list:
+    return list(jax.make_jaxpr(lambda *arrays: _run(*arrays, call=call))(*avals).out_avals)
+
+
+def _jvp(primals: tuple, tangents: tuple, *, call: _Call) -> tuple[list, list]:
+    known, _ = _cut(call, primals)
+    d_known, d_operand = _cut(call, tangents)
+    out = _linear_p.bind(*primals, call=call)
+    if all(isinstance(d, ad.Zero) for d in d_known):
+        return out, _linear_p.bind(*known, *map(ad.instantiate_zeros, d_operand), call=call)
+    tangents = tuple(map(ad.instantiate_zeros, tangents))
+    _, d_out = jax.jvp(lambda *arrays: _smooth(*arrays, call=call), primals, tangents)
+    return out, d_out
+
+
+def _transpose(cotangents: list, *arrays: Any, call: _Call) -> list:
+    known, operand = _cut(call, arrays)
+    back = _linear_p.bind(
+        *known,
+        *map(ad.instantiate_zeros, cotangents),
+        call=call._replace(transposed=not call.transposed),
+    )
+    wanted = map(ad.is_undefined_primal, operand)
+    return [None] * len(known) + [
+        ct if want else None for ct, want in zip(back, wanted, strict=True)
+    ]
+
+
+def _batch(arrays: tuple, axes: tuple, *, call: _Call) -> tuple[list, list]:
+    size = next(a.shape[i] for a, i in zip(arrays, axes, strict=True) if i is not None)
+    known, operand = _cut(call, arrays)
+    known_axes, operand_axes = _cut(call, axes)
+    operand = (
+        jnp.broadcast_to(a, (size, *a.shape)) if i is None else jnp.moveaxis(a, i, 0)
+        for a, i in zip(operand, operand_axes, strict=True)
+    )  # fmt: skip
+    out = _linear_p.bind(*known, *operand, call=call._replace(batch=(*call.batch, known_axes)))
+    return out, [0] * len(out)
+
+
+_linear_p = Primitive("gru_linear")
+_linear_p.multiple_results = True
+_linear_p.def_impl(jax.jit(_run, static_argnames="call"))
+_linear_p.def_abstract_eval(_types)
+ad.primitive_jvps[_linear_p] = _jvp
+ad.primitive_transposes[_linear_p] = _transpose
+batching.primitive_batchers[_linear_p] = _batch
+mlir.register_lowering(_linear_p, mlir.lower_fun(_run, multiple_results=True))

@@ -1,0 +1,166 @@
+"""What a step is made of: which GRU it is, its learnables, and how they multiply.
+
+Letters: H hidden units, I input channels, P the columns of R (H, or P_o with an output projector).
+Rows are in the order reset, update, candidate. Everything broadcasts over leading axes.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from gru_jax import _activations
+from gru_jax._params import RESET_MODES, GRUParams
+
+Three = tuple[jax.Array, jax.Array, jax.Array]  # for reset, update, candidate
+
+
+class Equations(NamedTuple):
+    """Which GRU it is: static, hashable."""
+
+    reset_after: bool
+    gate: Callable  # σ_g
+    state: Callable  # σ_s
+    precision: Any
+
+
+class Learnables(NamedTuple):
+    """What a step multiplies and adds; either whole matrices or, after `thirds`, one per gate."""
+
+    W: Any  # (3H, I), or (3H, P_i) where the inputs come projected
+    R: Any  # (3H, P)
+    b: Any  # (3H,), b_Rr and b_Rz included
+    b_n: jax.Array | None  # b_Rh̃, (H,), in recurrent-bias mode
+    Q: jax.Array | None  # Q_o, (H, P_o)
+
+
+class Products(NamedTuple):
+    """How R multiplies the state: made once before a loop."""
+
+    gates: Callable[[jax.Array], tuple]  # h -> R_r h, R_z h, R_h̃ h; no third if reset before
+    candidate: Any  # v -> R_h̃ v, where the reset comes before
+
+
+def equations(params: GRUParams, precision: Any = None) -> Equations:
+    """The static side of the parameters."""
+    return Equations(
+        RESET_MODES[params.reset_gate_mode].reset_after,
+        _activations.gate_function(params.gate_activation_function),
+        _activations.state_function(params.state_activation_function),
+        precision,
+    )
+
+
+def learnables(params: GRUParams) -> Learnables:
+    """The learnables of a step; b_Rr and b_Rz, which nothing multiplies, join b_Wr and b_Wz."""
+    H = params.recurrent_weights.shape[0] // 3
+    b, b_n = params.bias[: 3 * H], None
+    if RESET_MODES[params.reset_gate_mode].recurrent_bias:
+        b = b.at[: 2 * H].add(params.bias[3 * H : 5 * H])
+        b_n = params.bias[5 * H :]
+    return Learnables(
+        params.input_weights, params.recurrent_weights, b, b_n, params.output_projector
+    )
+
+
+def thirds(learn: Learnables) -> Learnables:
+    """The same with W, R and b cut into one piece for each gate."""
+    return learn._replace(W=cut(learn.W, 3, 0), R=cut(learn.R, 3, 0), b=cut(learn.b, 3, 0))
+
+
+def wholes(learn: Learnables) -> Learnables:
+    """Undoes `thirds`."""
+    join = jnp.concatenate
+    return learn._replace(W=join(learn.W), R=join(learn.R), b=join(learn.b))
+
+
+def project_inputs(params: GRUParams, x: jax.Array, precision: Any = None) -> jax.Array:
+    """Q_iᵀ x, or x where there is no input projector."""
+    Q = params.input_projector
+    return x if Q is None else times(Q, x, precision, axis=0)
+
+
+def input_parts(eq: Equations, learn: Learnables, copied: bool = False) -> Callable:
+    """Returns x -> W_g x + b_g for the three gates; `learn` is cut into thirds.
+
+    Three arrays of shape (*batch, H) and not one of 3H: a loop that reads them needs no slices.
+    """
+    Ws, axis = _laid_out(learn.W, copied)
+
+    def parts(x: jax.Array) -> Three:
+        part = lambda W, b: times(W, x, eq.precision, axis) + row(b, x)  # noqa: E731
+        x_r, x_z, x_n = map(part, Ws, learn.b)
+        return x_r, x_z, x_n
+
+    return parts
+
+
+def input_row(eq: Equations, learn: Learnables, x: jax.Array) -> Three:
+    """The same from one product, for a single step; `learn` is whole."""
+    x_r, x_z, x_n = cut(times(learn.W, x, eq.precision) + row(learn.b, x), 3)
+    return x_r, x_z, x_n
+
+
+def in_loop(eq: Equations, learn: Learnables, copied: bool = False) -> Products:
+    """One product for all gates that read h, cut out of R once: for a loop over time."""
+    H = learn.R.shape[0] // 3
+    Rs, axis = _laid_out(
+        (learn.R,) if eq.reset_after else (learn.R[: 2 * H], learn.R[2 * H :]), copied
+    )
+    first, *rest = (partial(_apply, eq, R, learn.Q, axis=axis) for R in Rs)
+    if eq.reset_after:
+        return Products(lambda h: cut(first(h), 3), None)
+    return Products(lambda h: (*cut(first(h), 2), None), rest[0])
+
+
+def in_bulk(eq: Equations, learn: Learnables) -> Products:
+    """A product for each gate: for many steps at once; `learn` is cut into thirds."""
+    by_r, by_z, by_n = (partial(_apply, eq, R, learn.Q) for R in learn.R)
+    if eq.reset_after:
+        return Products(lambda h: (by_r(h), by_z(h), by_n(h)), None)
+    return Products(lambda h: (by_r(h), by_z(h), None), by_n)
+
+
+def times(matrix: jax.Array, v: jax.Array, precision: Any, axis: int = 1) -> jax.Array:
+    """M v for every vector v in the last axis: (..., n) and (m, n) give (..., m). Axis 0: Mᵀ v."""
+    return lax.dot_general(v, matrix, (((v.ndim - 1,), (axis,)), ((), ())), precision=precision)
+
+
+def _apply(
+    eq: Equations, R: jax.Array, Q: jax.Array | None, v: jax.Array, axis: int = 1
+) -> jax.Array:
+    """R v, or R (Qᵀ v) with a projector."""
+    v = v if Q is None else times(Q, v, eq.precision, axis=0)
+    return times(R, v, eq.precision, axis)
+
+
+def sum_of_transposed(eq: Equations, Q: jax.Array | None, R: jax.Array, parts: tuple) -> jax.Array:
+    """Σ_g R_gᵀ v_g, or Q Σ_g R_gᵀ v_g with a projector, as one product; R is (gates, H, P)."""
+    v = jnp.stack(parts, axis=-2)
+    contract = ((v.ndim - 2, v.ndim - 1), (0, 1))
+    s = lax.dot_general(v, R, (contract, ((), ())), precision=eq.precision)
+    return s if Q is None else times(Q, s, eq.precision)
+
+
+def _laid_out(matrices: tuple, copied: bool) -> tuple[tuple, int]:
+    """The matrices and the axis that products sum over.
+
+    Products of many rows are faster with a transposed copy, if it is made once, before a loop.
+    """
+    if not copied:
+        return matrices, 1
+    return lax.optimization_barrier(tuple(M.T for M in matrices)), 0
+
+
+def row(row: jax.Array, like: jax.Array) -> jax.Array:
+    """The row with as many axes as `like`: it stands for every leading index."""
+    return jnp.expand_dims(row, tuple(range(like.ndim - 1)))
+
+
+def cut(a: jax.Array, pieces: int, axis: int = -1) -> tuple:
+    """Slices and not `lax.split`, whose transpose XLA miscompiles on CPUs in jax 0.10 (float64)."""
+    n = a.shape[axis] // pieces
+    return tuple(lax.slice_in_dim(a, i * n, (i + 1) * n, axis=axis) for i in range(pieces))

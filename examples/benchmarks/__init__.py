@@ -1,0 +1,1 @@
+"""The benchmark of gru_jax against other GRUs: `python -m examples.benchmarks`."""

@@ -1,0 +1,125 @@
+"""What every contestant is given: sizes, weights and inputs, and the right answer in float64."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+AFTER = "after-multiplication"
+BEFORE = "before-multiplication"
+RECURRENT_BIAS = "recurrent-bias-after-multiplication"
+MODES = (AFTER, BEFORE, RECURRENT_BIAS)
+
+
+class Size(NamedTuple):
+    """The size of a layer and of its input."""
+
+    batch: int
+    time: int
+    inputs: int
+    hidden: int
+
+    def __str__(self) -> str:
+        return ",".join(map(str, self))
+
+    def flops(self, training: bool) -> float:
+        """The operations of the matrix products; a training step has three of each product."""
+        B, T, I, H = self  # noqa: E741
+        return (3 if training else 1) * 2.0 * B * T * 3 * H * (I + H)
+
+
+class Weights(NamedTuple):
+    """The learnables, float32, rows in the order reset, update, candidate."""
+
+    mode: str
+    W: np.ndarray  # (3H, I)
+    R: np.ndarray  # (3H, H)
+    bias: np.ndarray  # (3H,)
+    recurrent_bias: np.ndarray  # (3H,), zeros except in recurrent-bias mode
+
+    @property
+    def folded(self) -> np.ndarray:
+        """Returns the bias with the two recurrent biases added that nothing multiplies, (3H,)."""
+        H = len(self.recurrent_bias) // 3
+        return self.bias + np.concatenate([self.recurrent_bias[: 2 * H], np.zeros(H, np.float32)])
+
+    @property
+    def candidate_bias(self) -> np.ndarray:
+        """Returns b_Rh̃, (H,)."""
+        return self.recurrent_bias[2 * len(self.recurrent_bias) // 3 :]
+
+
+class Problem(NamedTuple):
+    """One size and mode with everything drawn: the training loss is sum(y ⊙ g)."""
+
+    size: Size
+    weights: Weights
+    x: np.ndarray  # (B, T, I)
+    g: np.ndarray  # (B, T, H)
+
+
+class Answer(NamedTuple):
+    """What a contestant must return, in float64."""
+
+    y: np.ndarray  # (B, T, H)
+    dx: np.ndarray  # (B, T, I)
+
+
+def draw_weights(rng: np.random.Generator, inputs: int, hidden: int, mode: str) -> Weights:
+    """Draws weights as PyTorch initialises them: uniform between ±1/√H."""
+
+    def uniform(*shape: int) -> np.ndarray:
+        return (rng.uniform(-1, 1, shape) / np.sqrt(hidden)).astype(np.float32)
+
+    W, R = uniform(3 * hidden, inputs), uniform(3 * hidden, hidden)
+    b_W, b_R = uniform(3 * hidden), uniform(3 * hidden)
+    return Weights(mode, W, R, b_W, b_R if mode == RECURRENT_BIAS else np.zeros_like(b_R))
+
+
+def draw(size: Size, mode: str, seed: int) -> Problem:
+    """Draws the problem of one size and mode; the same seed gives the same numbers."""
+    rng = np.random.default_rng(seed)
+    weights = draw_weights(rng, size.inputs, size.hidden, mode)
+    x = rng.standard_normal((size.batch, size.time, size.inputs), np.float32)
+    g = rng.standard_normal((size.batch, size.time, size.hidden), np.float32)
+    return Problem(size, weights, x, g)
+
+
+def answer(problem: Problem) -> Answer:
+    """Computes the outputs and the gradient of x in float64: the equations, then back in time."""
+    mode, *arrays = problem.weights
+    W, R, b_W, b_R = (a.astype(np.float64) for a in arrays)
+    size, x = problem.size, problem.x.astype(np.float64)
+    H, before = size.hidden, mode == BEFORE
+    R_gates, R_candidate = R[: 2 * H], R[2 * H :]
+    Wx, h, tape, y = x @ W.T + b_W, np.zeros((size.batch, H)), [], []
+    for t in range(size.time):
+        gates = _sigmoid(Wx[:, t, : 2 * H] + h @ R_gates.T + b_R[: 2 * H])
+        r, z = gates[:, :H], gates[:, H:]
+        a = (r * h if before else h) @ R_candidate.T + b_R[2 * H :]
+        n = np.tanh(Wx[:, t, 2 * H :] + (a if before else r * a))
+        tape.append((h, r, z, a, n))
+        h = (1 - z) * n + z * h
+        y.append(h)
+
+    dh, dWx = np.zeros_like(h), np.empty_like(Wx)
+    for t in reversed(range(size.time)):
+        h, r, z, a, n = tape[t]
+        dh = dh + problem.g[:, t]
+        dn = dh * (1 - z) * (1 - n * n)
+        back = (dn if before else dn * r) @ R_candidate
+        dr = (back * h if before else dn * a) * r * (1 - r)
+        dz = dh * (h - n) * z * (1 - z)
+        dWx[:, t] = np.concatenate([dr, dz, dn], axis=1)
+        dh = dh * z + (r * back if before else back) + dWx[:, t, : 2 * H] @ R_gates
+    return Answer(np.stack(y, axis=1), dWx @ W)
+
+
+def _sigmoid(a: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-a))
+
+
+def error(got: np.ndarray, expected: np.ndarray) -> float:
+    """Returns the largest deviation as a part of the largest number expected."""
+    if got.shape != expected.shape:
+        raise ValueError(f"an array of shape {expected.shape} was expected, got {got.shape}")
+    return float(np.abs(got - expected).max() / np.abs(expected).max())

@@ -3,6 +3,7 @@
 The letters are those of `_products`. Everything broadcasts over leading axes.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from gru_jax._products import (
     equations,
     in_bulk,
     in_loop,
+    in_step,
     input_parts,
     input_row,
     learnables,
@@ -89,7 +91,9 @@ def _gru_cell(precision: Any, params: GRUParams, h: jax.Array, x: jax.Array) -> 
     params, wide_h, x = jax.tree.map(lambda a: a.astype(dtype), (params, h, x))
     eq, learn = equations(params, precision), learnables(params)
     x_g = input_row(eq, learn, project_inputs(params, x, precision))
-    return step(eq, learn, in_loop(eq, learn), wide_h, x_g)[0].astype(h.dtype)
+    one_row = math.prod(h.shape[:-1]) == 1
+    by = in_step(eq, learn) if one_row or eq.reset_after else in_loop(eq, learn)
+    return step(eq, learn, by, wide_h, x_g)[0].astype(h.dtype)
 
 
 def step(

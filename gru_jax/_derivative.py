@@ -122,6 +122,7 @@ def cotangents(loop: Loop, known: Known, ct: Results) -> Given:
             return where(reset, 0.0, dh), d_back, dhs
 
         dh, d_back, d_learn, d_x = carry
+        # Zeros at the steps of an overlap, which belong to the block before and count there.
         init = (dh, d_back, space(enter, blocks.size, 0.0))
         dh, d_back, dhs = lax.fori_loop(0, blocks.size - processed, body, init)
         forcing = partial(_cell.forcing, eq, thirds, c, starts, x_block)
@@ -129,9 +130,9 @@ def cotangents(loop: Loop, known: Known, ct: Results) -> Given:
         d_learn = jax.tree.map(jnp.add, d_learn, more)
         return dh, d_back, d_learn, put_block(d_x, d_x_block, begin)
 
-    nothing = jax.tree.map(jnp.zeros_like, (thirds, x))
-    carry = blocks.each(block, (ct.last, jnp.zeros_like(back), *nothing))
-    dh, d_back, d_learn, d_x = carry
+    nothing = jax.tree.map(jnp.zeros_like, (back, thirds))
+    carry = (ct.last, *nothing, jnp.full_like(x, 9.0))  # to be overwritten: see `space`
+    dh, d_back, d_learn, d_x = blocks.each(block, carry)
     return Given(_products.wholes(d_learn), d_x, dh, d_back)
 
 

@@ -104,24 +104,41 @@ def input_row(eq: Equations, learn: Learnables, x: jax.Array) -> Three:
     return x_r, x_z, x_n
 
 
+def in_step(eq: Equations, learn: Learnables) -> Products:
+    """All of R in every product: for one step of one row, where cutting R would cost a copy."""
+
+    def by_all(v: jax.Array) -> tuple:
+        return cut(times(learn.R, project(eq, learn.Q, v), eq.precision), 3)
+
+    if eq.reset_after:
+        return Products(by_all, None)
+    return Products(lambda h: (*by_all(h)[:2], None), lambda v: by_all(v)[2])
+
+
 def in_loop(eq: Equations, learn: Learnables, copied: bool = False) -> Products:
     """One product for all gates that read h, cut out of R once: for a loop over time."""
     H = learn.R.shape[0] // 3
-    Rs, axis = _laid_out(
-        (learn.R,) if eq.reset_after else (learn.R[: 2 * H], learn.R[2 * H :]), copied
-    )
-    first, *rest = (partial(_apply, eq, R, learn.Q, axis=axis) for R in Rs)
+    Rs = (learn.R,) if eq.reset_after else (learn.R[: 2 * H], learn.R[2 * H :])
+    Rs, axis = _laid_out(Rs, copied)
+
+    def by(R: jax.Array, v: jax.Array) -> jax.Array:
+        return times(R, project(eq, learn.Q, v), eq.precision, axis)
+
     if eq.reset_after:
-        return Products(lambda h: cut(first(h), 3), None)
-    return Products(lambda h: (*cut(first(h), 2), None), rest[0])
+        return Products(lambda h: cut(by(Rs[0], h), 3), None)
+    return Products(lambda h: (*cut(by(Rs[0], h), 2), None), partial(by, Rs[1]))
 
 
 def in_bulk(eq: Equations, learn: Learnables) -> Products:
     """A product for each gate: for many steps at once; `learn` is cut into thirds."""
-    by_r, by_z, by_n = (partial(_apply, eq, R, learn.Q) for R in learn.R)
+
+    def by(Rs: tuple, v: jax.Array) -> list:
+        v = project(eq, learn.Q, v)
+        return [times(R, v, eq.precision) for R in Rs]
+
     if eq.reset_after:
-        return Products(lambda h: (by_r(h), by_z(h), by_n(h)), None)
-    return Products(lambda h: (by_r(h), by_z(h), None), by_n)
+        return Products(lambda h: tuple(by(learn.R, h)), None)
+    return Products(lambda h: (*by(learn.R[:2], h), None), lambda v: by(learn.R[2:], v)[0])
 
 
 def times(matrix: jax.Array, v: jax.Array, precision: Any, axis: int = 1) -> jax.Array:
@@ -129,12 +146,9 @@ def times(matrix: jax.Array, v: jax.Array, precision: Any, axis: int = 1) -> jax
     return lax.dot_general(v, matrix, (((v.ndim - 1,), (axis,)), ((), ())), precision=precision)
 
 
-def _apply(
-    eq: Equations, R: jax.Array, Q: jax.Array | None, v: jax.Array, axis: int = 1
-) -> jax.Array:
-    """R v, or R (Qᵀ v) with a projector."""
-    v = v if Q is None else times(Q, v, eq.precision, axis=0)
-    return times(R, v, eq.precision, axis)
+def project(eq: Equations, Q: jax.Array | None, v: jax.Array) -> jax.Array:
+    """Qᵀ v, or v where there is no output projector."""
+    return v if Q is None else times(Q, v, eq.precision, axis=0)
 
 
 def sum_of_transposed(eq: Equations, Q: jax.Array | None, R: jax.Array, parts: tuple) -> jax.Array:

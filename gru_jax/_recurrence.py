@@ -83,8 +83,8 @@ def _run(loop: Loop, given: Given, flags: Flags) -> tuple[Results, Coefficients 
 
         return lax.fori_loop(processed, blocks.size, body, carry, **unroll)
 
-    fields = range(1, 1 + len(Coefficients._fields))
-    kept = Coefficients(*(space(enter, T, i) for i in fields)) if loop.keep else None
-    arrays = (space(enter, T, 0) if loop.sequence else None, kept)
+    fills = range(2, 2 + len(Coefficients._fields))
+    kept = Coefficients(*(space(enter, T, fill) for fill in fills)) if loop.keep else None
+    arrays = (space(enter, T, 1) if loop.sequence else None, kept)
     last, (hs, kept) = blocks.each(block, (enter, arrays))
     return Results(hs, last), kept

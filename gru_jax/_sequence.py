@@ -140,6 +140,14 @@ def _gru(
     options: Options, params: GRUParams, x: jax.Array, h0: Any, back: Any,
     lengths: Any, mask: Any, resets: Any,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    batch = x.shape[:-2]
+    if batch and math.prod(batch) == 1:  # one sequence: without axes for it, no step copies h
+        axes = tuple(range(len(batch)))
+        arrays = (x, h0, back, lengths, mask, resets)
+        arrays = (None if a is None else jnp.squeeze(a, axes) for a in arrays)
+        y, hidden = _gru(options, params, *arrays)
+        return jnp.expand_dims(y, axes), jnp.expand_dims(hidden, axes)
+
     result, dtype = _arguments.result_dtypes(x, *params.arrays().values())
     params, x = jax.tree.map(lambda a: a.astype(dtype), (params, x))
     T, H = x.shape[-2], params.recurrent_weights.shape[0] // 3

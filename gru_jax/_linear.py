@@ -35,15 +35,18 @@ class _Call(NamedTuple):
     operand: Any
     out: Any
     batch: tuple[tuple[int | None, ...], ...]  # axes of the known arrays, for each vmap
+    types: tuple | None  # of the result, where they are known
 
 
 def linear_call(linear: Linear, static: Hashable, known: Any, operand: Any) -> Any:
     """Returns L(known) · operand; `known` and `operand` are trees of arrays."""
     forward = partial(linear.forward, static)
-    out = jax.tree.structure(jax.eval_shape(forward, known, operand))
+    program, out = jax.make_jaxpr(forward, return_shape=True)(known, operand)
+    out = jax.tree.structure(out)
     leaves, tree = jax.tree.flatten(known)
     operands, operand_tree = jax.tree.flatten(operand)
-    call = _Call(linear, static, False, tree, operand_tree, out, ())
+    types = tuple(program.out_avals)
+    call = _Call(linear, static, False, tree, operand_tree, out, (), types)
     return jax.tree.unflatten(out, _linear_p.bind(*leaves, *operands, call=call))
 
 
@@ -82,6 +85,8 @@ def _cut(call: _Call, arrays: Any) -> tuple[tuple, tuple]:
 
 
 def _types(*avals: Any, call: _Call) -> list:
+    if call.types is not None:
+        return list(call.types)
     return list(jax.make_jaxpr(lambda *arrays: _run(*arrays, call=call))(*avals).out_avals)
 
 
@@ -98,15 +103,13 @@ def _jvp(primals: tuple, tangents: tuple, *, call: _Call) -> tuple[list, list]:
 
 def _transpose(cotangents: list, *arrays: Any, call: _Call) -> list:
     known, operand = _cut(call, arrays)
-    back = _linear_p.bind(
-        *known,
-        *map(ad.instantiate_zeros, cotangents),
-        call=call._replace(transposed=not call.transposed),
-    )
-    wanted = map(ad.is_undefined_primal, operand)
-    return [None] * len(known) + [
-        ct if want else None for ct, want in zip(back, wanted, strict=True)
-    ]
+    wanted = [ad.is_undefined_primal(a) for a in operand]
+    pairs = zip(operand, wanted, strict=True)
+    types = tuple(a.aval if want else jax.typeof(a) for a, want in pairs)
+    back_call = call._replace(transposed=not call.transposed, types=types)
+    back = _linear_p.bind(*known, *map(ad.instantiate_zeros, cotangents), call=back_call)
+    pairs = zip(back, wanted, strict=True)
+    return [None] * len(known) + [ct if want else None for ct, want in pairs]
 
 
 def _batch(arrays: tuple, axes: tuple, *, call: _Call) -> tuple[list, list]:
@@ -117,7 +120,8 @@ def _batch(arrays: tuple, axes: tuple, *, call: _Call) -> tuple[list, list]:
         jnp.broadcast_to(a, (size, *a.shape)) if i is None else jnp.moveaxis(a, i, 0)
         for a, i in zip(operand, operand_axes, strict=True)
     )  # fmt: skip
-    out = _linear_p.bind(*known, *operand, call=call._replace(batch=(*call.batch, known_axes)))
+    call = call._replace(batch=(*call.batch, known_axes), types=None)
+    out = _linear_p.bind(*known, *operand, call=call)
     return out, [0] * len(out)
 
 

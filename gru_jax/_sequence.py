@@ -67,9 +67,10 @@ def gru(
       reverse: process from each sequence's own last step to its first; outputs stay aligned with
         inputs, "last" and `hidden` are the last in the order of processing.
       unroll: steps per iteration of the loop, as in `jax.lax.scan`.
-      checkpoint: what the backward pass keeps. None: all that it needs. 1: the state of every step,
-        recomputing the gates. An integer n > 1: the state at every n-th step, recomputing
-        everything in between; weight gradients then add up once per n steps. "sqrt": n = ⌈√T⌉.
+      checkpoint: what the backward pass keeps beside the inputs. None: the states, and five numbers
+        for each of them if that is at most 512 MiB. 1: the states alone, recomputing the gates. An
+        integer n > 1: the state at every n-th step, recomputing everything in between; weight
+        gradients then add up once per n steps. "sqrt": n = ⌈√T⌉.
       precision: of the matrix products, as in `jax.lax.dot_general`.
       implementation: None to choose, or "scan".
 

@@ -110,7 +110,7 @@ def test_forward_and_training(tmp_path):
     (picture,) = tmp_path.glob("cpu-*-quick.png")
     assert picture.stat().st_size > 10_000
     assert "| 2, 5, 3, 4 |" in said
-    ours = OURS | {("gru_jax checkpoint=1", MODES[0])}
+    ours = OURS | {(f"gru_jax {how}", MODES[0]) for how in ("checkpoint=1", "512-bit vectors")}
     there = {peer for peer in PEERS if installed(peer)}
     for section, found in records.items():
         expected = there - INFERENCE if section == "training" else there

@@ -42,6 +42,7 @@ class Contestant(NamedTuple):
 CONTESTANTS = (
     *(Contestant(OURS, mode, jax_grus.ours) for mode in MODES),
     Contestant(f"{OURS} checkpoint=1", AFTER, partial(jax_grus.ours, checkpoint=1), streams=False),
+    Contestant(f"{OURS} 512-bit vectors", AFTER, jax_grus.wide, streams=False),
     *(Contestant(PLAIN, mode, jax_grus.plain) for mode in MODES),
     Contestant("linen", RECURRENT_BIAS, jax_grus.linen, ("flax",)),
     Contestant("nnx", AFTER, jax_grus.nnx, ("flax",)),

@@ -23,6 +23,11 @@ def ours(weights: Weights, **options: Any) -> JaxGRU:
     return of_params(jax.tree.map(jnp.asarray, params), **options)
 
 
+def wide(weights: Weights) -> JaxGRU:
+    """Returns `gru_jax.gru` compiled for vectors of 512 bits, which XLA does only when asked."""
+    return ours(weights)._replace(options={"xla_cpu_prefer_vector_width": 512})
+
+
 def of_params(params: gru_jax.GRUParams, **options: Any) -> JaxGRU:
     """Returns `gru_jax.gru` with these parameters, projected ones too."""
     hidden = params.recurrent_weights.shape[0] // 3

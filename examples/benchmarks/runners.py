@@ -53,6 +53,7 @@ class JaxGRU(NamedTuple):
     apply: Callable[[Any, Any], Any]  # params, x (B, T, I) -> y (B, T, H)
     step: Callable[[Any, Any, Any], Any]  # params, h (B, H), x (B, I) -> h (B, H)
     hidden: int
+    options: dict[str, Any] | None = None  # of the compiler
 
     def training_step(self) -> Any:
         """Returns loss and gradients of params and x as a new function, that nothing has cached."""
@@ -60,12 +61,13 @@ class JaxGRU(NamedTuple):
         def loss(params: Any, x: Any, g: Any) -> Any:
             return jnp.sum(self.apply(params, x) * g)
 
-        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)), compiler_options=self.options)
 
     def bind(self, problem: Problem) -> Runner:
         """Returns forward and training step on the inputs of a problem."""
         params, x, g = jax.device_put((self.params, problem.x, problem.g))
-        forward, train = jax.jit(self.apply), self.training_step()
+        forward = jax.jit(self.apply, compiler_options=self.options)
+        train = self.training_step()
         ready = jax.block_until_ready
         return Runner(
             lambda: ready(forward(params, x)),

@@ -28,7 +28,7 @@ from gru_jax._products import (
     project_inputs,
     row,
     sum_of_transposed,
-)  # fmt: skip
+)
 
 
 class Coefficients(NamedTuple):
@@ -92,7 +92,7 @@ def _gru_cell(precision: Any, params: GRUParams, h: jax.Array, x: jax.Array) -> 
     eq, learn = equations(params, precision), learnables(params)
     x_g = input_row(eq, learn, project_inputs(params, x, precision))
     one_row = math.prod(h.shape[:-1]) == 1
-    by = in_step(eq, learn) if one_row or eq.reset_after else in_loop(eq, learn)
+    by = in_step(eq, learn) if one_row else in_loop(eq, learn)
     return step(eq, learn, by, wide_h, x_g)[0].astype(h.dtype)
 
 

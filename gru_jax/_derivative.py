@@ -25,7 +25,7 @@ from gru_jax._blocks import (
     put_block,
     space,
     where,
-)  # fmt: skip
+)
 from gru_jax._cell import Coefficients
 from gru_jax._linear import Linear
 from gru_jax._products import Equations, Learnables

@@ -119,7 +119,7 @@ def _batch(arrays: tuple, axes: tuple, *, call: _Call) -> tuple[list, list]:
     operand = (
         jnp.broadcast_to(a, (size, *a.shape)) if i is None else jnp.moveaxis(a, i, 0)
         for a, i in zip(operand, operand_axes, strict=True)
-    )  # fmt: skip
+    )
     call = call._replace(batch=(*call.batch, known_axes), types=None)
     out = _linear_p.bind(*known, *operand, call=call)
     return out, [0] * len(out)

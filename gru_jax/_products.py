@@ -106,12 +106,12 @@ def input_row(eq: Equations, learn: Learnables, x: jax.Array) -> Three:
 
 def in_step(eq: Equations, learn: Learnables) -> Products:
     """All of R in every product: for one step of one row, where cutting R would cost a copy."""
+    if eq.reset_after:
+        return in_loop(eq, learn)
 
     def by_all(v: jax.Array) -> tuple:
         return cut(times(learn.R, project(eq, learn.Q, v), eq.precision), 3)
 
-    if eq.reset_after:
-        return Products(by_all, None)
     return Products(lambda h: (*by_all(h)[:2], None), lambda v: by_all(v)[2])
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from jax import lax
 
 import gru_jax
-from examples.benchmarks.problem import AFTER, BEFORE, RECURRENT_BIAS, Weights
+from examples.benchmarks.problem import AFTER, BEFORE, RECURRENT_BIAS, Weights, update_first
 from examples.benchmarks.runners import JaxGRU
 
 
@@ -188,14 +188,10 @@ def keras(weights: Weights) -> JaxGRU:
     assert weights.mode == RECURRENT_BIAS
     H, I = weights.R.shape[1], weights.W.shape[1]  # noqa: E741
 
-    def reordered(rows: np.ndarray) -> np.ndarray:
-        r, z, n = np.split(rows, 3)
-        return np.concatenate([z, r, n]).T
-
     layer = keras.layers.GRU(H, reset_after=True, return_sequences=True)
     layer.build((None, None, I))
-    bias = np.stack([reordered(weights.bias), reordered(weights.recurrent_bias)])
-    layer.set_weights([reordered(weights.W), reordered(weights.R), bias])
+    bias = np.stack([update_first(weights.bias), update_first(weights.recurrent_bias)])
+    layer.set_weights([update_first(weights.W).T, update_first(weights.R).T, bias])
     cell = layer.cell
     params, others = ([v.value for v in part] for part in _variables(layer))
     cell_others = [v.value for v in cell.non_trainable_variables]

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from examples.benchmarks.problem import RECURRENT_BIAS, Problem, Size, Weights
+from examples.benchmarks.problem import RECURRENT_BIAS, Problem, Size, Weights, update_first
 from examples.benchmarks.runners import Runner
 
 
@@ -76,8 +76,8 @@ def onnx_model(weights: Weights, size: Size) -> bytes:
 
     assert weights.mode == RECURRENT_BIAS
     B, T, I, H = size  # noqa: E741
-    biases = np.concatenate([_update_first(weights.bias), _update_first(weights.recurrent_bias)])
-    arrays = {"W": _update_first(weights.W), "R": _update_first(weights.R), "b": biases}
+    biases = np.concatenate([update_first(weights.bias), update_first(weights.recurrent_bias)])
+    arrays = {"W": update_first(weights.W), "R": update_first(weights.R), "b": biases}
     constants = [numpy_helper.from_array(array[None], name) for name, array in arrays.items()]
     nodes = [
         helper.make_node("Transpose", ["x"], ["x_t"], perm=[1, 0, 2]),
@@ -100,12 +100,6 @@ def onnx_model(weights: Weights, size: Size) -> bytes:
     graph = helper.make_graph(nodes, "gru", [x, h0], [y, hidden], constants)
     opsets = [helper.make_opsetid("", 14)]
     return helper.make_model(graph, opset_imports=opsets, ir_version=9).SerializeToString()
-
-
-def _update_first(rows: np.ndarray) -> np.ndarray:
-    """Returns rows reset, update, candidate as update, reset, candidate."""
-    r, z, n = np.split(rows, 3)
-    return np.concatenate([z, r, n])
 
 
 class OnnxRuntimeGRU:

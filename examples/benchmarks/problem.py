@@ -114,6 +114,12 @@ def answer(problem: Problem) -> Answer:
     return Answer(np.stack(y, axis=1), dWx @ W)
 
 
+def update_first(rows: np.ndarray) -> np.ndarray:
+    """Returns rows reset, update, candidate as update, reset, candidate: Keras, ONNX."""
+    r, z, n = np.split(rows, 3)
+    return np.concatenate([z, r, n])
+
+
 def _sigmoid(a: np.ndarray) -> np.ndarray:
     return 1 / (1 + np.exp(-a))
 

@@ -185,12 +185,8 @@ def _find(
 ) -> float | None:
     """Returns a field of the first record that fits."""
     for r in records:
-        if (r.section, tuple(r.size), r.contestant, mode or r.mode) == (
-            section,
-            size,
-            name,
-            r.mode,
-        ):
+        same = (r.section, tuple(r.size), r.contestant) == (section, size, name)
+        if same and mode in ("", r.mode):
             return getattr(r, field)
     return None
 

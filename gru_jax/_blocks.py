@@ -66,26 +66,28 @@ def block_of(tree: Any, begin: Any, size: Any) -> Any:
     def block(a: jax.Array) -> jax.Array:
         if size == a.shape[TIME]:
             return a
-        return lax.dynamic_slice_in_dim(a, begin, size, a.ndim + TIME)
+        return lax.dynamic_slice_in_dim(a, begin, size, a.ndim + TIME, allow_negative_indices=False)
 
     return jax.tree.map(block, tree)
 
 
 def at(tree: Any, t: Any) -> Any:
     """Step t of every array of a tree."""
-    read = partial(lax.dynamic_index_in_dim, index=t, keepdims=False)
+    read = partial(lax.dynamic_index_in_dim, index=t, keepdims=False, allow_negative_indices=False)
     return jax.tree.map(lambda a: read(a, axis=a.ndim + TIME), tree)
 
 
 def put(tree: Any, values: Any, t: Any) -> Any:
     """The arrays with `values` as their step t."""
-    write = partial(lax.dynamic_update_index_in_dim, index=t)
+    write = partial(lax.dynamic_update_index_in_dim, index=t, allow_negative_indices=False)
     return jax.tree.map(lambda a, v: write(a, v, axis=a.ndim + TIME), tree, values)
 
 
 def put_block(a: jax.Array, values: jax.Array, begin: Any) -> jax.Array:
     """The array with `values` from step `begin` on."""
-    return lax.dynamic_update_slice_in_dim(a, values, begin, a.ndim + TIME)
+    return lax.dynamic_update_slice_in_dim(
+        a, values, begin, a.ndim + TIME, allow_negative_indices=False
+    )
 
 
 def space(like: jax.Array, T: Any, fill: float) -> jax.Array:

@@ -67,24 +67,29 @@ def _run(loop: Loop, given: Given, flags: Flags) -> tuple[Results, Coefficients 
     blocks, unroll = blocks_of(T, enter, BLOCK_BYTES, loop.reverse), {}
     if loop.unroll > 1:  # which a loop of known length can be, and the last block has none
         blocks, unroll = Blocks(T, T, loop.reverse), {"unroll": loop.unroll}
+    in_place = loop.keep and blocks.number == 1  # no other block has its own parts of the input
 
     def block(k: Any, carry: tuple) -> tuple:
         begin, processed = blocks.begin(k)
-        x_g = input_parts(block_of(x, begin, blocks.size))
+        x_g = None if in_place else input_parts(block_of(x, begin, blocks.size))
 
         def body(j: Any, carry: tuple) -> tuple:
-            h, arrays = carry
+            h, hs, kept = carry
             i = blocks.time(j)
             skip, reset = at(flags, begin + i)
-            new, c = _cell.step(eq, learn, by, where(reset, back, h), at(x_g, i))
+            parts = at((kept.r, kept.z, kept.c_n) if in_place else x_g, i)
+            new, c = _cell.step(eq, learn, by, where(reset, back, h), parts)
             h = where(skip, h, new)
             values = (h if loop.sequence else None, passing(skip, c) if loop.keep else None)
-            return h, put(arrays, values, begin + i)
+            return h, *put((hs, kept), values, begin + i)
 
         return lax.fori_loop(processed, blocks.size, body, carry, **unroll)
 
-    fills = range(2, 2 + len(Coefficients._fields))
-    kept = Coefficients(*(space(enter, T, fill) for fill in fills)) if loop.keep else None
-    arrays = (space(enter, T, 1) if loop.sequence else None, kept)
-    last, (hs, kept) = blocks.each(block, (enter, arrays))
+    hs, kept = space(enter, T, 1) if loop.sequence else None, None
+    if loop.keep:
+        kept = Coefficients(*(space(enter, T, 2 + n) for n in range(len(Coefficients._fields))))
+        if in_place:  # a step reads its parts of the input once, and can write where they were
+            x_r, x_z, x_n = input_parts(x)
+            kept = kept._replace(r=x_r, z=x_z, c_n=x_n)
+    last, hs, kept = blocks.each(block, (enter, hs, kept))
     return Results(hs, last), kept

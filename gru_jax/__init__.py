@@ -19,8 +19,8 @@ from gru_jax._sequence import gru as gru
 
 
 def __getattr__(name: str) -> _Any:
-    """Loads what needs Flax or Optax when it is asked for."""
-    if name in ("linen", "nnx", "optim", "projection", "ragged"):
+    """Loads what needs more than JAX when it is asked for."""
+    if name in ("convert", "export", "linen", "nnx", "optim", "projection", "ragged"):
         return _import_module(f"gru_jax.{name}")
     raise AttributeError(f"module 'gru_jax' has no attribute {name!r}")
 

@@ -115,8 +115,8 @@ def call_layer(
     how = Options(*(getattr(options, name) for name in Options._fields))
     start = _start(options, hidden, stored, x)
     back = stored_state(options) if options.stateful and resets is not None else None
-    show(options, params, x, start, back, lengths, mask, resets)
-    y, final = run(how, params, x, start, back, lengths, mask, resets)
+    call = params, x, start, back, lengths, mask, resets
+    y, final = show(options, *call) or run(how, *call)
     y = formats.from_core(y, options.data_format, options.output_mode)
     if not options.has_state_outputs:
         return y, final

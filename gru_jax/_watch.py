@@ -1,4 +1,4 @@
-"""Lets others see the calls of layers: how the data inside a whole model are gathered."""
+"""Lets others see the calls of layers, to gather the data inside a whole model, or answer them."""
 
 import contextlib
 import contextvars
@@ -24,13 +24,16 @@ class Call(NamedTuple):
     resets: Any
 
 
-_watcher: contextvars.ContextVar[Callable[[Call], None] | None]
+_watcher: contextvars.ContextVar[Callable[[Call], Any] | None]
 _watcher = contextvars.ContextVar("watcher", default=None)
 
 
 @contextlib.contextmanager
-def watch(see: Callable[[Call], None]) -> Iterator[None]:
-    """While this is open, every call of a layer or cell, of either Flax API, is shown to `see`."""
+def watch(see: Callable[[Call], Any]) -> Iterator[None]:
+    """While this is open, every call of a layer or cell, of either Flax API, is shown to `see`.
+
+    What `see` returns for a layer, if not None, stands for what the core would have returned.
+    """
     token = _watcher.set(see)
     try:
         yield
@@ -38,8 +41,7 @@ def watch(see: Callable[[Call], None]) -> Iterator[None]:
         _watcher.reset(token)
 
 
-def show(*call: Any) -> None:
-    """Shows a call to who is watching; the arguments are the fields of `Call`."""
+def show(*call: Any) -> Any:
+    """Shows a call to who is watching, and returns the answer; arguments: the fields of `Call`."""
     see = _watcher.get()
-    if see is not None:
-        see(Call(*call))
+    return None if see is None else see(Call(*call))

@@ -96,3 +96,19 @@ def test_compress(monkeypatch, tmp_path):
     assert {row.way for row in results["rows"] if not row.goal} == {"pca", "output"}
     (smaller,) = results["smaller"]
     assert smaller.learnables <= (1 - example.GOALS[1]) * learnables
+
+
+@pytest.mark.slow
+def test_from_torch(tmp_path):
+    pytest.importorskip("torch")
+    picture = tmp_path / "picture.png"
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        rows = module("from_torch").main(["--quick", "--output", str(picture)])
+    assert picture.stat().st_size > 10_000
+    dense = [row for row in rows if "projected" not in row.name]
+    small = [row for row in rows if "projected" in row.name]
+    assert len(rows) == 2 * len(dense) - 1 in (5, 7)  # PyTorch's own is not projected
+    assert max(row.difference for row in dense) < 2e-6
+    assert max(row.loss for row in small) - min(row.loss for row in small) < 1e-6
+    assert {row.learnables for row in dense} == {13_824}
+    assert max(row.learnables for row in small) < 7_000

@@ -175,7 +175,7 @@ def test_other_arguments_exist():
 def test_layout_lists_every_module():
     layout = next(block.source for block in BLOCKS if block.source.startswith("gru_jax/"))
     listed = set(re.findall(r"\b\w+\.py\b", layout.split("examples/")[0]))
-    assert listed == {path.name for path in (ROOT / "gru_jax").glob("*.py")} - {"__init__.py"}
+    assert listed == {path.name for path in (ROOT / "gru_jax").rglob("*.py")} - {"__init__.py"}
 
 
 def test_links_lead_somewhere():

@@ -15,7 +15,7 @@ import pytest
 import gru_jax
 import gru_jax.linen
 import gru_jax.nnx
-from gru_jax import optim, projection, ragged
+from gru_jax import convert, export, optim, projection, ragged
 
 PACKAGE = Path(gru_jax.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -381,6 +381,20 @@ CONTRACT = {
     ragged.pad: "arrays side * length value",
     ragged.buckets: "lengths batch_size max_waste",
     ragged.chunks: "x length lengths",
+    convert.from_torch: "state_dict * layer reverse prefix reset_gate_mode",
+    convert.to_torch: "params * layer reverse prefix",
+    convert.from_keras: "weights * reset_gate_mode state_activation_function "
+    "gate_activation_function",
+    convert.from_flax: "cell * reset_gate_mode state_activation_function gate_activation_function",
+    convert.to_flax: "params * api fold_biases",
+    convert.to_equinox: "params * fold_biases",
+    convert.to_matlab: "params file * version",
+    convert.to_safetensors: "params file * prefix",
+    export.to_onnx: "params * reverse lengths name",
+    export.model_to_onnx: "model params example * axes name",
+    export.from_stablehlo: "data",
+    export.to_c: "params * name dtype weights",
+    export.codegen_support: "layer",
 }
 
 

@@ -139,13 +139,17 @@ def unit(cases, dtype, weights="constants"):
     return "\n".join(text)
 
 
-@functools.cache
 def library(dtype, weights="constants", flags=None):
     """All cases as a shared library; every fifth of them if loaded, or with other flags."""
-    cases = CASES if weights == "constants" and flags is None else CASES[::5]
-    flags = fastest() if flags is None else flags
+    every = 1 if weights == "constants" and flags is None else 5
+    return _library(dtype, weights, flags or fastest(), every)
+
+
+@functools.cache
+def _library(dtype, weights, flags, every):
     name = f"{dtype}_{weights}_{'_'.join(flags)}"
-    path, _ = compiled(name, unit(cases, dtype, weights), *flags, "-shared", "-fPIC")
+    source = unit(CASES[::every], dtype, weights)
+    path, _ = compiled(name, source, *flags, "-shared", "-fPIC")
     return ctypes.CDLL(str(path))
 
 

@@ -398,7 +398,7 @@ def test_is_cplusplus_without_warnings(standard, weights):
     for dtype in DTYPES:
         source = unit(CASES[:: 4 if standard == "c++11" else 9], dtype, weights)
         name = f"plus_{standard}_{dtype}_{weights}"
-        compiled(name, f'extern "C" {{\n{source}\n}}', "-O1", "-c", compiler=CXX, standard=standard)
+        compiled(name, f'extern "C" {{\n{source}\n}}', "-O0", "-c", compiler=CXX, standard=standard)
 
 
 @needs_compiler
@@ -448,7 +448,7 @@ def test_loops_vectorise_without_fast_math():
             caller += (
                 "void f(gru_state *s, const gru_real *x, gru_real *y) { gru_step(s, x, y); }\n"
             )
-            if n % 5 == 0:
+            if n % 7 == 0:
                 flags = (*fastest(), "-c", "-fopt-info-vec-optimized")
                 _, said = compiled(f"vector_{dtype}_{n}", text + caller, *flags)
                 lines = {int(m) for m in re.findall(r":(\d+):\d+: optimized: loop vec", said)}

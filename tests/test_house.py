@@ -83,8 +83,13 @@ FLOORS = (  # imports point down; within a floor, to files named earlier
     ),
 )  # fmt: skip
 FRAMEWORKS = {  # beside jax and numpy
-    "linen": {"flax"}, "nnx": {"flax"}, "_models": {"flax"}, "_surgery": {"flax"},
-    "_transforms": {"optax"}, "optim": {"optax"}, "export._trace": {"flax"},
+    "linen": {"flax"},
+    "nnx": {"flax"},
+    "_models": {"flax"},
+    "_surgery": {"flax"},
+    "_transforms": {"optax"},
+    "optim": {"optax"},
+    "export._trace": {"flax"},
 }
 OTHERS = {  # imported only inside the function that needs them, or for types
     "convert._onnx_tensors": {"onnx"}, "convert._onnx_graph": {"onnx"}, "convert._onnx": {"onnx"},

@@ -21,7 +21,7 @@ from examples.benchmarks import report, sections, streaming
 from examples.benchmarks.contestants import PEERS, taking_part
 from examples.benchmarks.problem import Size
 from examples.benchmarks.records import Record
-from examples.benchmarks.runners import configure
+from examples.benchmarks.runners import CORES, configure
 
 SIZES = tuple(
     Size(*numbers)
@@ -65,7 +65,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> list[Path]:
     """Runs the benchmark, prints and writes its results, and returns the files written."""
     options = parse(argv)
-    configure(options.device, options.precision)
+    configure(options.device, options.precision, devices=CORES)
     contestants, absent = taking_part(options.device, options.peers)
     for name, reason in absent.items():
         print(f"skipped: {name} ({reason})")

@@ -9,8 +9,9 @@ import numpy as np
 from jax import lax
 
 import gru_jax
+from examples.benchmarks import reverse_rule
 from examples.benchmarks.problem import AFTER, BEFORE, RECURRENT_BIAS, Weights, update_first
-from examples.benchmarks.runners import JaxGRU
+from examples.benchmarks.runners import CORES, JaxGRU
 
 
 def ours(weights: Weights, **options: Any) -> JaxGRU:
@@ -26,6 +27,24 @@ def ours(weights: Weights, **options: Any) -> JaxGRU:
 def wide(weights: Weights) -> JaxGRU:
     """Returns `gru_jax.gru` compiled for vectors of 512 bits, which XLA does only when asked."""
     return ours(weights)._replace(options={"xla_cpu_prefer_vector_width": 512})
+
+
+def over_cores(weights: Weights) -> JaxGRU:
+    """Returns `gru_jax.gru` with the batch split over the cores, each a device, as on many GPUs."""
+    gru, auto = ours(weights), (jax.sharding.AxisType.Auto,)
+    mesh = jax.make_mesh((CORES,), ("batch",), auto, devices=jax.devices()[:CORES])
+    whole, split = jax.P(), jax.P("batch")
+    places = tuple(jax.NamedSharding(mesh, spec) for spec in (whole, split, split))
+    return gru._replace(
+        apply=jax.shard_map(gru.apply, mesh=mesh, in_specs=(whole, split), out_specs=split),
+        place=lambda arrays: jax.device_put(arrays, places),
+    )
+
+
+def special(weights: Weights) -> JaxGRU:
+    """Returns the GRU of `reverse_rule`, with the same parameters as the library's."""
+    assert weights.mode == RECURRENT_BIAS
+    return ours(weights)._replace(apply=reverse_rule.gru)
 
 
 def of_params(params: gru_jax.GRUParams, **options: Any) -> JaxGRU:

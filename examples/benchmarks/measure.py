@@ -27,6 +27,10 @@ class Timing(NamedTuple):
         low, high = np.quantile(self.rounds, (0.25, 0.75))
         return float(low), float(high)
 
+    def per(self, number: int) -> "Timing":
+        """Returns the seconds of each of `number` equal parts of the call."""
+        return Timing(tuple(seconds / number for seconds in self.rounds))
+
 
 def visit(call: Callable[[], object]) -> float:
     """Calls once untimed, then until enough time has passed; returns the median of one call."""

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from examples.benchmarks.contestants import PEERS, PLAIN
+from examples.benchmarks.contestants import PEERS, PLAIN, SPECIAL
 from examples.benchmarks.records import Record
 
 COLORS = {
@@ -75,7 +75,7 @@ def draw(records: Sequence[Record], path: Path, caption: str) -> bool:
 
 
 def _is_shown(record: Record) -> bool:
-    return bool(record.ratio) and record.contestant in PEERS and record.contestant != PLAIN
+    return bool(record.ratio) and record.contestant in set(PEERS) - {PLAIN, SPECIAL}
 
 
 def _logarithmic(axes, ratios: Sequence[float]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from examples.benchmarks.contestants import JAX_PEERS, OURS, PLAIN
+from examples.benchmarks.contestants import JAX_PEERS, OURS, PLAIN, SPECIAL
 from examples.benchmarks.problem import AFTER, BEFORE, RECURRENT_BIAS
 from examples.benchmarks.records import Record
 
@@ -145,6 +145,13 @@ def summary(records: Sequence[Record]) -> dict[str, Any]:
         before = _before_over_after([r for r in records if r.section == section], OURS)
         if before:
             result[f"{section}: before / after, per size"] = before
+    special = {
+        ",".join(map(str, size)): 1 / ratio
+        for size in _sizes(records)
+        if (ratio := _find(records, "training", size, SPECIAL, "ratio"))
+    }
+    if special:
+        result["training: general rule / special rule, per size"] = special
     for kind in ("forward", "training"):
         found = [r for r in records if r.section == "modes" and r.variant == kind]
         for name in dict.fromkeys(r.contestant for r in found):

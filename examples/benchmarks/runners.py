@@ -11,13 +11,24 @@ import numpy as np
 
 from examples.benchmarks.problem import Problem, Size
 
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
-def configure(device: str, precision: str) -> None:
-    """Chooses device and precision before anything runs; nothing compiled comes from a disk."""
+
+def configure(device: str, precision: str, devices: int | None = None) -> None:
+    """Chooses device and precision before anything runs; nothing compiled comes from a disk.
+
+    Args:
+      device: "cpu" or "gpu".
+      precision: "default" or "highest".
+      devices: how many JAX makes of a CPU. What asks for no other runs on the first, which has
+        the threads of all cores.
+    """
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leaves memory to PyTorch
     jax.config.update("jax_enable_compilation_cache", False)
     if device == "cpu":
         jax.config.update("jax_platforms", "cpu")
+        if devices is not None:
+            jax.config.update("jax_num_cpu_devices", devices)
     elif jax.default_backend() != "gpu":
         raise SystemExit("JAX sees no GPU here.")
     if precision == "highest":
@@ -54,6 +65,7 @@ class JaxGRU(NamedTuple):
     step: Callable[[Any, Any, Any], Any]  # params, h (B, H), x (B, I) -> h (B, H)
     hidden: int
     options: dict[str, Any] | None = None  # of the compiler
+    place: Callable[[tuple], tuple] = jax.device_put  # brings params, x, g to where they are used
 
     def training_step(self) -> Any:
         """Returns loss and gradients of params and x as a new function, that nothing has cached."""
@@ -65,7 +77,7 @@ class JaxGRU(NamedTuple):
 
     def bind(self, problem: Problem) -> Runner:
         """Returns forward and training step on the inputs of a problem."""
-        params, x, g = jax.device_put((self.params, problem.x, problem.g))
+        params, x, g = self.place((self.params, problem.x, problem.g))
         forward = jax.jit(self.apply, compiler_options=self.options)
         train = self.training_step()
         ready = jax.block_until_ready

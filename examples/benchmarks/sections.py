@@ -73,7 +73,7 @@ def _prepare(
     problems = {mode: problem.draw(size, mode, setting.seed) for mode in MODES}
     answer = functools.cache(lambda mode: problem.answer(problems[mode]))
     for contestant in setting.contestants:
-        if not contestant.sequences:
+        if not contestant.sequences(size):
             continue
         fields: dict[str, Any] = {"size": size, **contestant.who()}
         task = problems[contestant.mode]
@@ -184,7 +184,7 @@ def _jax_grus(setting: Setting, size: Size) -> Iterator[tuple[Contestant, JaxGRU
     """Yields every contestant in JAX with weights of that size; skips what cannot be built."""
     rng = np.random.default_rng(setting.seed)
     for contestant in setting.contestants:
-        if contestant.kind != "jax" or not contestant.sequences:
+        if contestant.kind != "jax" or not contestant.sequences(size):
             continue
         weights = problem.draw_weights(rng, size.inputs, size.hidden, contestant.mode)
         try:

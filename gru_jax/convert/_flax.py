@@ -120,13 +120,13 @@ def to_flax(
     dense = Dense(f"Flax's {api}.GRUCell", params)
     dense.need_mode(AFTER, RECURRENT_BIAS)
     dense.need_activations(tuple(_activations.STATE), tuple(_activations.GATE))
+    if api == "nnx" and dense.b_R is not None and np.any(dense.b_R[2 * dense.H :]):
+        raise dense.refuse(
+            "it has no bias beside the candidate's recurrent product, and the recurrent bias "
+            "of the candidate is not zero. The cell of linen has one: api='linen'."
+        )
     b, b_n = dense.folded_bias(fold_biases=fold_biases)
     if api == "nnx":
-        if np.any(b_n):
-            raise dense.refuse(
-                "it has no bias beside the candidate's recurrent product, and the recurrent bias "
-                "of the candidate is not zero. The cell of linen has one: api='linen'."
-            )
         return {"dense_i": {"kernel": dense.W.T, "bias": b}, "dense_h": {"kernel": dense.R.T}}
     cell = {}
     for n, gate in enumerate(GATES):

@@ -127,13 +127,13 @@ def cotangents(loop: Loop, known: Known, ct: Results) -> Given:
         dh, d_back, dhs = lax.fori_loop(0, blocks.size - processed, body, init)
         forcing = partial(_cell.forcing, eq, thirds, c, starts, x_block)
         more, d_x_block = jax.linear_transpose(forcing, thirds, x_block)(dhs)
-        d_learn = jax.tree.map(jnp.add, d_learn, more)
+        d_learn = jax.tree.map(jnp.add, d_learn, _products.wholes(more))
         return dh, d_back, d_learn, put_block(d_x, d_x_block, begin)
 
-    nothing = jax.tree.map(jnp.zeros_like, (back, thirds))
+    nothing = jax.tree.map(jnp.zeros_like, (back, learn))
     carry = (ct.last, *nothing, jnp.full_like(x, 9.0))  # to be overwritten: see `space`
     dh, d_back, d_learn, d_x = blocks.each(block, carry)
-    return Given(_products.wholes(d_learn), d_x, dh, d_back)
+    return Given(d_learn, d_x, dh, d_back)
 
 
 TANGENTS = Linear(tangents, cotangents, smooth_tangents, lambda loop, known: known.given)

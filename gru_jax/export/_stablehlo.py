@@ -147,6 +147,7 @@ platforms=('cpu', 'cuda', 'tpu'))
 
 
 def _sealed(payload: bytes) -> bytes:
+    """The payload, its checksum and the mark."""
     return payload + hashlib.sha256(payload).digest() + MARK
 
 
@@ -172,6 +173,7 @@ def _unsealed(data: Any) -> bytes:
 
 
 def _need_flatbuffers() -> None:
+    """Raises where the package is missing that artefacts are written and read with."""
     try:
         import flatbuffers  # noqa: F401
     except ImportError as error:
@@ -181,6 +183,7 @@ def _need_flatbuffers() -> None:
 
 
 def _checked_platforms(platforms: Any) -> tuple[str, ...]:
+    """The platforms as a tuple of known names."""
     names = () if isinstance(platforms, str) else tuple(platforms)
     if not names or not all(name in PLATFORMS for name in names):
         raise ValueError(

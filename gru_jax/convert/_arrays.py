@@ -65,13 +65,6 @@ def check_shape(name: str, value: np.ndarray, shape: tuple[int, ...]) -> np.ndar
     return value
 
 
-def hidden_units(name: str, rows: int) -> int:
-    """Returns H, where an axis must hold the 3H rows of three gates."""
-    if rows % 3 or not rows:
-        raise ValueError(f"{name} must have 3H rows, got {rows}, which three does not divide.")
-    return rows // 3
-
-
 def swap(a: np.ndarray, axis: int = 0) -> np.ndarray:
     """Exchanges the first two thirds of an axis: reset, update, candidate to z, r, h and back."""
     first, second, third = np.split(a, 3, axis)

@@ -13,6 +13,7 @@ from gru_jax._cell import gru_cell as gru_cell
 from gru_jax._initializers import init_params as init_params
 from gru_jax._options import CellOptions as CellOptions
 from gru_jax._options import LayerOptions as LayerOptions
+from gru_jax._parallel import gru_parallel as gru_parallel
 from gru_jax._params import GRUParams as GRUParams
 from gru_jax._params import num_learnables as num_learnables
 from gru_jax._sequence import gru as gru
@@ -33,6 +34,7 @@ __all__ = [
     "formats",
     "gru",
     "gru_cell",
+    "gru_parallel",
     "init_params",
     "num_learnables",
 ]

@@ -18,6 +18,7 @@ from gru_jax._products import (
     Learnables,
     Products,
     Three,
+    cut,
     equations,
     in_bulk,
     in_loop,
@@ -28,6 +29,7 @@ from gru_jax._products import (
     project_inputs,
     row,
     sum_of_transposed,
+    times,
 )
 
 
@@ -129,6 +131,28 @@ def linear_step(eq: Equations, by: Products, c: Coefficients, dh: jax.Array) -> 
     if eq.reset_after:
         return c.z * dh + c.c_r * p_r + c.c_z * p_z + c.c_n * c.r * p_n
     return c.z * dh + c.c_z * p_z + c.c_n * by.candidate(c.c_r * p_r + c.r * dh)
+
+
+def jacobian(eq: Equations, by: Products, c: Coefficients) -> jax.Array:
+    """Jᵀ, (*batch, H, H): `linear_step` of every unit vector, each a row."""
+    H = c.z.shape[-1]
+    identity = jnp.expand_dims(jnp.eye(H, dtype=c.z.dtype), tuple(range(c.z.ndim - 1)))
+    each = jax.tree.map(lambda a: jnp.expand_dims(a, -2), c)
+    return linear_step(eq, by, each, identity)
+
+
+def diagonal(eq: Equations, learn: Learnables, c: Coefficients) -> jax.Array:
+    """The diagonal of J, (*batch, H).
+
+    reset after:   z + c_r diag R_r + c_z diag R_z + c_n r diag R_h̃
+    reset before:  z + c_z diag R_z + c_n (r diag R_h̃ + (R_h̃ ⊙ R_rᵀ) c_r)
+    """
+    R = learn.R if learn.Q is None else times(learn.Q, learn.R, eq.precision)
+    R_r, R_z, R_n = cut(R, 3, 0)
+    r, z, n = (row(jnp.diagonal(R_g), c.z) for R_g in (R_r, R_z, R_n))
+    if eq.reset_after:
+        return c.z + c.c_r * r + c.c_z * z + c.c_n * c.r * n
+    return c.z + c.c_z * z + c.c_n * (c.r * n + times(R_n * R_r.T, c.c_r, eq.precision))
 
 
 def forcing(

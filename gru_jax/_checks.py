@@ -33,7 +33,7 @@ def output_mode(option: str, value: Any) -> str:
 
 def implementation(option: str, value: Any) -> str | None:
     """Returns None or the name of an implementation."""
-    return None if value is None else choice(option, value, ("scan",))
+    return None if value is None else choice(option, value, ("scan", "pallas", "parallel"))
 
 
 def checkpoint(option: str, value: Any) -> int | str | None:
@@ -41,6 +41,21 @@ def checkpoint(option: str, value: Any) -> int | str | None:
     if isinstance(value, str):
         return choice(f"{option}, if no positive integer or None,", value, ("sqrt",))
     return None if value is None else positive_int(option, value)
+
+
+def parallel(unroll: int | None, checkpoint: int | str | None, T: Any) -> None:
+    """Refuses what goes with a loop over time, where there is none."""
+    for option, value, fine in (("unroll", unroll, (None, 1)), ("checkpoint", checkpoint, (None,))):
+        if value not in fine:
+            raise ValueError(
+                f"{option} must be None for implementation='parallel', which has no loop over "
+                f"time, got {value!r}. It belongs to implementation='scan'."
+            )
+    if not isinstance(T, int):
+        raise ValueError(
+            "implementation='parallel' needs a fixed number of steps, but the time axis is "
+            f"symbolic ({T}): pass implementation='scan'."
+        )
 
 
 @functools.lru_cache(maxsize=64)

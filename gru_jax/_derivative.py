@@ -7,8 +7,9 @@ With all h_t known, all coefficients of J_t can be. The loop of the cotangents c
 after each of its blocks the transpose of u gives every gradient as one product over the block.
 """
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,6 @@ from gru_jax._blocks import (
     Blocks,
     at,
     block_of,
-    blocks_of,
     put,
     put_block,
     space,
@@ -28,57 +28,15 @@ from gru_jax._blocks import (
 )
 from gru_jax._cell import Coefficients
 from gru_jax._linear import Linear
-from gru_jax._products import Equations, Learnables
+from gru_jax._loop import Given, Known, Loop, Results, pieces, settled
 
 BLOCK_BYTES = 5 * 2**19  # of the three gate arrays of a block
-
-
-class Loop(NamedTuple):
-    """How the loop runs: static, hashable."""
-
-    equations: Equations
-    reverse: bool
-    unroll: int
-    sequence: bool  # all h_t are wanted, not the last alone
-    keep: bool  # the derivative takes its coefficients from the loop, instead of recomputing them
-
-
-class Given(NamedTuple):
-    """What the recurrence depends on smoothly."""
-
-    learn: Learnables
-    x: jax.Array  # (*batch, T, I)
-    enter: jax.Array  # (*batch, H): the state before the first step
-    back: jax.Array  # (*batch, H): the state to which resets return
-
-
-class Flags(NamedTuple):
-    """(*batch, T, 1) booleans, or None for False everywhere."""
-
-    skip: jax.Array | None  # True leaves the state as it is
-    reset: jax.Array | None  # True starts the step from `back`; never where `skip` is True
-
-
-class Known(NamedTuple):
-    """What the derivative knows."""
-
-    given: Given
-    flags: Flags
-    hs: jax.Array  # (*batch, T, H)
-    kept: Coefficients | None  # each (*batch, T, H)
-
-
-class Results(NamedTuple):
-    """What leaves the loop."""
-
-    hs: jax.Array | None  # (*batch, T, H), aligned with the inputs
-    last: jax.Array  # (*batch, H), the last one processed
 
 
 def tangents(loop: Loop, known: Known, d: Given) -> Results:
     """The linear recurrence as a scan."""
     eq, learn, T = loop.equations, known.given.learn, known.hs.shape[TIME]
-    starts, x, c = _at_block(loop, known, Blocks(T, T, loop.reverse), 0)
+    starts, x, c = at_block(loop, known, Blocks(T, T, loop.reverse), 0)
     thirds, d_thirds = _products.thirds(learn), _products.thirds(d.learn)
     u = _cell.forcing(eq, thirds, c, starts, x, d_thirds, d.x)
     by = _products.in_loop(eq, learn)
@@ -90,7 +48,7 @@ def tangents(loop: Loop, known: Known, d: Given) -> Results:
 
     over_time = jax.tree.map(lambda a: jnp.moveaxis(a, TIME, 0), (c, u, known.flags.reset))
     enter = d.enter + jnp.zeros_like(over_time[1][0])
-    last, hs = lax.scan(body, enter, over_time, reverse=loop.reverse, unroll=loop.unroll)
+    last, hs = lax.scan(body, enter, over_time, reverse=loop.reverse, unroll=loop.unroll or 1)
     return Results(jnp.moveaxis(hs, 0, TIME) if loop.sequence else None, last)
 
 
@@ -104,12 +62,13 @@ def cotangents(loop: Loop, known: Known, ct: Results) -> Given:
     eq, flags, kept = loop.equations, known.flags, known.kept
     learn, x, enter, back = known.given
     thirds, adjoint_step = _products.thirds(learn), _cell.adjoint_step(eq, learn)
-    blocks = blocks_of(x.shape[TIME], enter, BLOCK_BYTES, loop.reverse)
+    blocks, unroll = pieces(loop, x.shape[TIME], enter, BLOCK_BYTES)
+    in_kernel = _kernel(loop, enter)
 
     def block(m: Any, carry: tuple) -> tuple:
         k = blocks.number - 1 - m
         begin, processed = blocks.begin(k)
-        starts, x_block, c = _at_block(loop, known, blocks, k)
+        starts, x_block, c = at_block(loop, known, blocks, k)
 
         def body(m: Any, carry: tuple) -> tuple:
             dh, d_back, dhs = carry
@@ -124,7 +83,10 @@ def cotangents(loop: Loop, known: Known, ct: Results) -> Given:
         dh, d_back, d_learn, d_x = carry
         # Zeros at the steps of an overlap, which belong to the block before and count there.
         init = (dh, d_back, space(enter, blocks.size, 0.0))
-        dh, d_back, dhs = lax.fori_loop(0, blocks.size - processed, body, init)
+        if in_kernel:
+            dh, d_back, dhs = in_kernel(learn, c, flags.reset, ct)
+        else:
+            dh, d_back, dhs = lax.fori_loop(0, blocks.size - processed, body, init, **unroll)
         forcing = partial(_cell.forcing, eq, thirds, c, starts, x_block)
         more, d_x_block = jax.linear_transpose(forcing, thirds, x_block)(dhs)
         d_learn = jax.tree.map(jnp.add, d_learn, _products.wholes(more))
@@ -136,7 +98,19 @@ def cotangents(loop: Loop, known: Known, ct: Results) -> Given:
     return Given(d_learn, d_x, dh, d_back)
 
 
-TANGENTS = Linear(tangents, cotangents, smooth_tangents, lambda loop, known: known.given)
+def _kernel(loop: Loop, enter: jax.Array) -> Callable | None:
+    """The backward loop as a GPU kernel, where one is to run and the layer fits into it."""
+    if not loop.kernel:
+        return None
+    from gru_jax import _gpu_backward
+
+    tiles = _gpu_backward.tiles_for(loop.equations.reset_after, enter.shape)
+    if tiles is None:
+        return None
+    return partial(_gpu_backward.cotangents, loop.equations, tiles, loop.reverse)
+
+
+TANGENTS = Linear(tangents, cotangents, smooth_tangents, lambda loop, known: known.given, settled)
 
 
 def passing(skip: jax.Array | None, c: Coefficients) -> Coefficients:
@@ -144,7 +118,7 @@ def passing(skip: jax.Array | None, c: Coefficients) -> Coefficients:
     return Coefficients(where(skip, 1.0, c.z), *(where(skip, 0.0, a) for a in c[1:]))
 
 
-def _at_block(
+def at_block(
     loop: Loop, known: Known, blocks: Blocks, k: Any
 ) -> tuple[jax.Array, jax.Array, Coefficients]:
     """The states that enter the steps of block k, their inputs, and the coefficients there."""
@@ -156,7 +130,7 @@ def _at_block(
         before = begin + blocks.size if loop.reverse else begin - 1
         before = at(known.hs, jnp.clip(before, 0, blocks.T - 1))
         enter = jnp.where(k == 0, enter, before)
-    starts = _shifted(enter, hs, loop.reverse)
+    starts = shifted(enter, hs, loop.reverse)
     starts = where(reset, jnp.expand_dims(back, TIME), starts)
     # What a skipped step would compute counts for nothing, so it is computed where it is finite:
     # 0 · NaN in a derivative would count.
@@ -170,7 +144,7 @@ def _at_block(
     return starts, x, c
 
 
-def _shifted(enter: jax.Array, hs: jax.Array, reverse: bool) -> jax.Array:
+def shifted(enter: jax.Array, hs: jax.Array, reverse: bool) -> jax.Array:
     """The state before each step, in processing order."""
     axis, enter = hs.ndim + TIME, jnp.expand_dims(enter, TIME)
     if reverse:

@@ -112,15 +112,19 @@ def call_layer(
     params = as_params(options, leaves)
     if options.data_format != "BTC":
         _check_channels(options, _arguments.sizes_of(params).input_size, x)
-    how = Options(*(getattr(options, name) for name in Options._fields))
     start = _start(options, hidden, stored, x)
     back = stored_state(options) if options.stateful and resets is not None else None
     call = params, x, start, back, lengths, mask, resets
-    y, final = show(options, *call) or run(how, *call)
+    y, final = show(options, *call) or run(options_of(options), *call)
     y = formats.from_core(y, options.data_format, options.output_mode)
     if not options.has_state_outputs:
         return y, final
     return (y, formats.from_core(final, options.data_format, "last")), final
+
+
+def options_of(options: Any) -> Options:
+    """Those of a layer's options that the core takes."""
+    return Options(*(getattr(options, name) for name in Options._fields))
 
 
 def _check_channels(options: LayerOptions, channels: int, x: jax.Array) -> None:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
@@ -23,6 +24,7 @@ class Linear(NamedTuple):
     backward: Callable  # (static, known, cotangent of out) -> cotangent of operand
     smooth: Callable  # the same as forward, from operations that JAX can differentiate well
     like: Callable  # (static, known) -> something with the types of the operand
+    settled: Callable = lambda static, platform: static  # for the platform it is lowered for
 
 
 class _Call(NamedTuple):
@@ -40,7 +42,7 @@ class _Call(NamedTuple):
 
 def linear_call(linear: Linear, static: Hashable, known: Any, operand: Any) -> Any:
     """Returns L(known) · operand; `known` and `operand` are trees of arrays."""
-    forward = partial(linear.forward, static)
+    forward = partial(linear.forward, linear.settled(static, "default"))
     program, out = jax.make_jaxpr(forward, return_shape=True)(known, operand)
     out = jax.tree.structure(out)
     leaves, tree = jax.tree.flatten(known)
@@ -64,9 +66,15 @@ def _flat(call: _Call, program: Callable) -> Callable:
     return flat
 
 
-def _run(*arrays: jax.Array, call: _Call) -> list:
+def _run(*arrays: jax.Array, call: _Call, platform: str = "default") -> list:
+    call = call._replace(static=call.linear.settled(call.static, platform))
     program = call.linear.backward if call.transposed else call.linear.forward
     return _flat(call, program)(*_cut(call, arrays))
+
+
+def _run_here(*arrays: jax.Array, call: _Call) -> list:
+    on_cuda = partial(_run, call=call, platform="cuda")
+    return lax.platform_dependent(*arrays, cuda=on_cuda, default=partial(_run, call=call))
 
 
 def _smooth(*arrays: jax.Array, call: _Call) -> list:
@@ -127,9 +135,11 @@ def _batch(arrays: tuple, axes: tuple, *, call: _Call) -> tuple[list, list]:
 
 _linear_p = Primitive("gru_linear")
 _linear_p.multiple_results = True
-_linear_p.def_impl(jax.jit(_run, static_argnames="call"))
+_linear_p.def_impl(jax.jit(_run_here, static_argnames="call"))
 _linear_p.def_abstract_eval(_types)
 ad.primitive_jvps[_linear_p] = _jvp
 ad.primitive_transposes[_linear_p] = _transpose
 batching.primitive_batchers[_linear_p] = _batch
 mlir.register_lowering(_linear_p, mlir.lower_fun(_run, multiple_results=True))
+_on_cuda = mlir.lower_fun(partial(_run, platform="cuda"), multiple_results=True)
+mlir.register_lowering(_linear_p, _on_cuda, platform="cuda")

@@ -171,7 +171,7 @@ class LayerOptions(CellOptions):
         number of leading batch axes. `lengths`, `mask` and `resets` do not follow it.
       stateful: start each call from the state in which the last one ended, see `reset_state`.
       reverse: process the sequences from their ends.
-      unroll: steps per iteration of the loop.
+      unroll: steps per iteration of the loop, see `gru_jax.gru`.
       checkpoint: what the backward pass keeps, see `gru_jax.gru`.
       implementation: see `gru_jax.gru`.
     """
@@ -184,7 +184,7 @@ class LayerOptions(CellOptions):
     data_format: str = "BTC"
     stateful: bool = False
     reverse: bool = False
-    unroll: int = 1
+    unroll: int | None = None
     checkpoint: int | str | None = None
     implementation: str | None = None
 
@@ -245,6 +245,6 @@ CHECKS: dict[str, Callable] = {
     "output_mode": _checks.output_mode,
     "checkpoint": _checks.checkpoint,
     "implementation": _checks.implementation,
-    "unroll": _checks.positive_int,
+    "unroll": partial(_checks.size, default=None),
     **dict.fromkeys(("has_state_inputs", "has_state_outputs", "stateful", "reverse"), _checks.flag),
 }

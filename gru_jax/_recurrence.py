@@ -8,6 +8,7 @@ is that map and its transpose, `_linear` joins the two.
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -17,10 +18,11 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from gru_jax import _cell, _products
-from gru_jax._blocks import TIME, Blocks, at, block_of, blocks_of, put, space, where
+from gru_jax._blocks import TIME, Blocks, at, block_of, put, space, where
 from gru_jax._cell import Coefficients
-from gru_jax._derivative import TANGENTS, Flags, Given, Known, Loop, Results, passing
+from gru_jax._derivative import TANGENTS, at_block, passing
 from gru_jax._linear import linear_call
+from gru_jax._loop import Flags, Given, Known, Loop, Results, by_platform, pieces
 
 STATES = "gru_states"  # name under which the rule marks h_1 … h_T for jax.checkpoint policies
 BLOCK_BYTES = 5 * 2**20  # of the three gate arrays of a block
@@ -29,7 +31,7 @@ BLOCK_BYTES = 5 * 2**20  # of the three gate arrays of a block
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def states(loop: Loop, given: Given, flags: Flags) -> Results:
     """Runs h_t = step(h_{t-1}, x_t): all h_t, if `loop.sequence`, and the last one."""
-    return _run(loop._replace(keep=False), given, flags)[0]
+    return run(loop._replace(keep=False), given, flags)[0]
 
 
 @states.defjvp
@@ -41,7 +43,7 @@ def _states_jvp(loop: Loop, primals: tuple, tangents: tuple) -> tuple[Results, R
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _states_and_kept(loop: Loop, given: Given, flags: Flags) -> tuple:
-    return _run(loop._replace(sequence=True), given, flags)
+    return run(loop._replace(sequence=True), given, flags)
 
 
 @_states_and_kept.defjvp
@@ -58,15 +60,20 @@ def _known(loop: Loop, given: Given, flags: Flags) -> tuple[Known, jax.Array]:
     return Known(given, flags, checkpoint_name(hs, STATES), kept), last
 
 
-def _run(loop: Loop, given: Given, flags: Flags) -> tuple[Results, Coefficients | None]:
+def run(loop: Loop, given: Given, flags: Flags) -> tuple[Results, Coefficients | None]:
     """The loop; h_t and the coefficients, where wanted, are written into arrays of all time."""
+    return by_platform(_run_on, loop, given, flags)
+
+
+def _run_on(loop: Loop, given: Given, flags: Flags) -> tuple[Results, Coefficients | None]:
+    kernel = _kernel(loop, given.enter.shape)
+    if kernel:
+        return kernel(given, flags)
     eq, (learn, x, enter, back), T = loop.equations, given, given.x.shape[TIME]
     copied = math.prod(enter.shape[:-1]) != 1  # one row at a time reads the matrices as they are
     by = _products.in_loop(eq, learn, copied)
     input_parts = _products.input_parts(eq, _products.thirds(learn), copied)
-    blocks, unroll = blocks_of(T, enter, BLOCK_BYTES, loop.reverse), {}
-    if loop.unroll > 1:  # which a loop of known length can be, and the last block has none
-        blocks, unroll = Blocks(T, T, loop.reverse), {"unroll": loop.unroll}
+    blocks, unroll = pieces(loop, T, enter, BLOCK_BYTES)
     in_place = loop.keep and blocks.number == 1  # no other block has its own parts of the input
 
     def block(k: Any, carry: tuple) -> tuple:
@@ -93,3 +100,23 @@ def _run(loop: Loop, given: Given, flags: Flags) -> tuple[Results, Coefficients 
             kept = kept._replace(r=x_r, z=x_z, c_n=x_n)
     last, hs, kept = blocks.each(block, (enter, hs, kept))
     return Results(hs, last), kept
+
+
+def _kernel(loop: Loop, shape: tuple[int, ...]) -> Callable | None:
+    """The loop as a GPU kernel, where one is to run and states (*batch, H) fit into it."""
+    if not loop.kernel:
+        return None
+    from gru_jax import _gpu_forward
+
+    tiles = _gpu_forward.tiles_for(shape, loop.half)
+    if tiles is None:
+        return None
+
+    def run(given: Given, flags: Flags) -> tuple[Results, Coefficients | None]:
+        found = _gpu_forward.states(loop, tiles, given, flags)
+        if not loop.keep or found.hs is None:
+            return found, None
+        whole = Blocks(given.x.shape[TIME], given.x.shape[TIME], loop.reverse)
+        return found, at_block(loop, Known(given, flags, found.hs, None), whole, 0)[2]
+
+    return run

@@ -9,12 +9,16 @@ import jax.numpy as jnp
 from jax import lax
 
 from gru_jax import _arguments, _cell, _checks, _products
-from gru_jax._blocks import TIME, block_of
-from gru_jax._derivative import Flags, Given, Loop, Results
+from gru_jax._loop import Flags, Loop
+from gru_jax._newton import Newton, ParallelInfo, nothing_to_do
 from gru_jax._params import GRUParams
-from gru_jax._recurrence import states
+from gru_jax._segments import given_to, segments
+from gru_jax._trajectory import states as states_in_parallel
 
-KEPT_BYTES = 2**29  # above, the backward pass recomputes unless told otherwise
+# The 16-bit type in which a GPU kernel multiplies, by the dtype of the result.
+HALVES = {"bfloat16": "bfloat16", "float16": "float16", "float32": "float16"}
+# Where the kernel was measured to be faster than the loop: (half, *batch, T, H). None so far.
+MEASURED: frozenset[tuple] = frozenset()
 
 
 class Options(NamedTuple):
@@ -22,7 +26,7 @@ class Options(NamedTuple):
 
     output_mode: str
     reverse: bool
-    unroll: int
+    unroll: int | None
     checkpoint: int | str | None
     precision: Any
     implementation: str | None
@@ -38,7 +42,7 @@ def gru(
     mask: Any = None,
     resets: Any = None,
     reverse: bool = False,
-    unroll: int = 1,
+    unroll: int | None = None,
     checkpoint: int | str | None = None,
     precision: Any = None,
     implementation: str | None = None,
@@ -66,13 +70,18 @@ def gru(
         h0 is: where a long sequence comes in chunks, that is the state handed on.
       reverse: process from each sequence's own last step to its first; outputs stay aligned with
         inputs, "last" and `hidden` are the last in the order of processing.
-      unroll: steps per iteration of the loop, as in `jax.lax.scan`.
+      unroll: steps per iteration of the loop, as in `jax.lax.scan`. None: 8 on CUDA GPUs, else 1.
       checkpoint: what the backward pass keeps beside the inputs. None: the states, and five numbers
         for each of them if that is at most 512 MiB. 1: the states alone, recomputing the gates. An
         integer n > 1: the state at every n-th step, recomputing everything in between; weight
         gradients then add up once per n steps. "sqrt": n = ⌈√T⌉.
       precision: of the matrix products, as in `jax.lax.dot_general`.
-      implementation: None to choose, or "scan".
+      implementation: "scan": the loop that XLA compiles, anywhere. "pallas": one GPU kernel for
+        the whole sequence, see `gru_jax._gpu`; it can be traced and lowered anywhere, and run on
+        Hopper GPUs. It multiplies in 16 bits (float16, or bfloat16 for bfloat16 results; the
+        backward loop always in bfloat16) and sums in float32. "parallel": all steps at once, by
+        Newton's method; `gru_parallel` without its info. None: the kernel where it has been
+        measured to be faster, else the loop.
 
     Returns:
       y: outputs in the promoted dtype of `x` and the parameters, shape (*batch, T, H), or
@@ -83,8 +92,8 @@ def gru(
     Raises:
       TypeError: `params` are no `GRUParams`, `x` or `h0` is not floating-point, flags are not
         booleans, lengths not integers.
-      ValueError: shapes do not fit, an option is unknown, lengths leave 0..T, or both `lengths`
-        and `mask` are given.
+      ValueError: shapes do not fit, an option is unknown, lengths leave 0..T, both `lengths` and
+        `mask` are given, or the implementation that was asked for cannot run this.
 
     References:
       Cho et al. 2014, arXiv:1406.1078.
@@ -106,6 +115,14 @@ def run(
     lengths: Any, mask: Any, resets: Any,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """`gru` where resets return to the state `back`, if given, as a stateful layer needs it."""
+    return run_with_info(options, Newton(), params, x, h0, back, lengths, mask, resets)[:2]
+
+
+def run_with_info(
+    options: Options, newton: Newton, params: GRUParams, x: Any, h0: Any, back: Any,
+    lengths: Any, mask: Any, resets: Any,
+) -> tuple[jax.Array, jax.Array, ParallelInfo | None]:  # fmt: skip
+    """The same; in parallel over time, it also tells how Newton's method went."""
     sizes = _arguments.sizes_of(params)
     x = _arguments.check_x(x, sizes, ndim=2)
     shape, H = x.shape[:-1], sizes.num_hidden_units
@@ -116,62 +133,75 @@ def run(
     lengths = _arguments.check_lengths(lengths, mask, shape)
     mask = _arguments.check_flags("mask", mask, shape)
     resets = _arguments.check_flags("resets", resets, shape)
-    return _gru(_checked(options, shape[-1]), params, x, h0, back, lengths, mask, resets)
+    options = _checked(options, shape[-1])
+    return _gru(options, newton, params, x, h0, back, lengths, mask, resets)
 
 
 def _checked(options: Options, T: Any) -> Options:
     stored = Options(
         _checks.output_mode("output_mode", options.output_mode),
         _checks.flag("reverse", options.reverse),
-        _checks.positive_int("unroll", options.unroll),
+        _checks.size("unroll", options.unroll, None),
         _checks.checkpoint("checkpoint", options.checkpoint),
         _checks.precision("precision", options.precision),
         _checks.implementation("implementation", options.implementation),
     )
-    if not isinstance(T, int) and (stored.unroll > 1 or stored.checkpoint not in (None, 1)):
+    if stored.implementation == "parallel":
+        _checks.parallel(stored.unroll, stored.checkpoint, T)
+    if not isinstance(T, int) and (
+        stored.unroll not in (None, 1) or stored.checkpoint not in (None, 1)
+    ):
         raise ValueError(
             f"unroll = {stored.unroll} and checkpoint = {stored.checkpoint!r} need a fixed number "
-            f"of steps, but the time axis is symbolic ({T}): pass unroll=1, checkpoint=None or 1."
+            f"of steps, but the time axis is symbolic ({T}): "
+            "pass unroll=None or 1, checkpoint=None or 1."
         )
     return stored
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(jax.jit, static_argnums=(0, 1))
 def _gru(
-    options: Options, params: GRUParams, x: jax.Array, h0: Any, back: Any,
+    options: Options, newton: Newton, params: GRUParams, x: jax.Array, h0: Any, back: Any,
     lengths: Any, mask: Any, resets: Any,
-) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+) -> tuple[jax.Array, jax.Array, ParallelInfo | None]:  # fmt: skip
     batch = x.shape[:-2]
     if batch and math.prod(batch) == 1:  # one sequence: without axes for it, no step copies h
         axes = tuple(range(len(batch)))
         arrays = (x, h0, back, lengths, mask, resets)
         arrays = (None if a is None else jnp.squeeze(a, axes) for a in arrays)
-        y, hidden = _gru(options, params, *arrays)
-        return jnp.expand_dims(y, axes), jnp.expand_dims(hidden, axes)
+        results = _gru(options, newton, params, *arrays)
+        return jax.tree.map(lambda a: jnp.expand_dims(a, axes), results)
 
     result, dtype = _arguments.result_dtypes(x, *params.arrays().values())
     params, x = jax.tree.map(lambda a: a.astype(dtype), (params, x))
     T, H = x.shape[-2], params.recurrent_weights.shape[0] // 3
     h0 = jnp.zeros((*x.shape[:-2], H), dtype) if h0 is None else h0.astype(dtype)
+    in_parallel = options.implementation == "parallel"
     if T == 0:
         y = h0 if options.output_mode == "last" else jnp.zeros((*x.shape[:-1], H), dtype)
-        return y.astype(result), h0
+        return y.astype(result), h0, nothing_to_do(h0) if in_parallel else None
 
     if lengths is not None:
-        mask = _within(lengths, x.shape[:-1])
+        mask = within(lengths, x.shape[:-1])
     skip = None if mask is None else ~mask[..., None]
     reset = None if resets is None else resets[..., None]
     if skip is not None:
         x, reset = jnp.where(skip, 0.0, x), None if reset is None else reset & ~skip
     h0 = _typed(params, h0, lax.index_in_dim(x, 0, x.ndim - 2, keepdims=False), options.precision)
     back = h0 if back is None else back.astype(dtype)
-    hs, hidden = _segments(options, params, x, h0, back, Flags(skip, reset))
+    loop = _loop(options, params, result, (*x.shape[:-1], H))
+    flags, info = Flags(skip, reset), None
+    if in_parallel:
+        loop, given = given_to(loop, params, x, h0, back)
+        (hs, hidden), info = states_in_parallel(loop, newton, given, flags)
+    else:
+        hs, hidden = segments(options.checkpoint, loop, params, x, h0, back, flags)
     if hs is None:
-        return hidden.astype(result), hidden
-    return (hs if skip is None else jnp.where(skip, 0.0, hs)).astype(result), hidden
+        return hidden.astype(result), hidden, info
+    return (hs if skip is None else jnp.where(skip, 0.0, hs)).astype(result), hidden, info
 
 
-def _within(lengths: jax.Array, shape: tuple) -> jax.Array:
+def within(lengths: jax.Array, shape: tuple) -> jax.Array:
     """Booleans (*batch, T), True before each length. T may not fit a small integer type."""
     T = shape[-1]
     if isinstance(T, int):
@@ -181,60 +211,21 @@ def _within(lengths: jax.Array, shape: tuple) -> jax.Array:
     return lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1) < lengths[..., None]
 
 
-def _segments(
-    options: Options, params: GRUParams, x: jax.Array, h: jax.Array, back: jax.Array, flags: Flags
-) -> Results:
-    """Runs all time in one piece, or in pieces whose inner states the backward pass recomputes."""
-    piece = partial(_piece, options, params)
-    if options.checkpoint in (None, 1):
-        return piece(x, h, back, flags)
-
-    T, reverse = x.shape[TIME], options.reverse
-    n = math.ceil(math.sqrt(T)) if isinstance(options.checkpoint, str) else options.checkpoint
-    n = min(n, T)
-    border = T % n if reverse else T - T % n
-    first = block_of((x, flags), 0, border)
-    second = block_of((x, flags), border, T - border)
-    whole, rest = (second, first) if reverse else (first, second)
-    piece = jax.checkpoint(piece)
-
-    def body(h: jax.Array, now: tuple) -> tuple:
-        x, flags = now
-        hs, h = piece(x, h, back, flags)
-        return h, hs
-
-    h, hs = lax.scan(body, h, jax.tree.map(partial(_pieces, n), whole), reverse=reverse)
-    hs = None if hs is None else _joined(hs)
-    if T % n:
-        tail, h = piece(rest[0], h, back, rest[1])
-        if hs is not None:
-            hs = lax.concatenate((tail, hs) if reverse else (hs, tail), hs.ndim + TIME)
-    return Results(hs, h)
-
-
-def _pieces(n: int, a: jax.Array) -> jax.Array:
-    """(*batch, k n, C) to (k, *batch, n, C)."""
-    *batch, T, C = a.shape
-    return jnp.moveaxis(a.reshape(*batch, T // n, n, C), -3, 0)
-
-
-def _joined(a: jax.Array) -> jax.Array:
-    """(k, *batch, n, C) to (*batch, k n, C)."""
-    k, *batch, n, C = a.shape
-    return jnp.moveaxis(a, 0, -3).reshape(*batch, k * n, C)
-
-
-def _piece(
-    options: Options, params: GRUParams, x: jax.Array, h: jax.Array, back: jax.Array, flags: Flags
-) -> Results:
-    """Runs the recurrence over some steps."""
+def _loop(options: Options, params: GRUParams, result: Any, shape: tuple) -> Loop:
+    """How to run the loop for states of such a shape, (*batch, T, H)."""
     eq = _products.equations(params, options.precision)
-    keep = options.checkpoint != 1 and _fits(x.shape[:-1], h)
-    loop = Loop(eq, options.reverse, options.unroll, options.output_mode == "sequence", keep)
-    given = Given(
-        _products.learnables(params), _products.project_inputs(params, x, eq.precision), h, back
-    )
-    return states(loop, _alike(given), flags)
+    half = HALVES.get(jnp.dtype(result).name)
+    kernel = options.implementation == "pallas" and 0 not in shape
+    if kernel:
+        from gru_jax import _gpu_forward
+
+        _gpu_forward.check(eq, half, options.unroll, shape)
+    elif options.implementation is None and (half, *shape) in MEASURED:
+        from gru_jax import _gpu
+
+        kernel = None if _gpu.on_hopper() else False
+    sequence, keep = options.output_mode == "sequence", options.checkpoint != 1
+    return Loop(eq, options.reverse, options.unroll, sequence, keep, half, kernel)
 
 
 def _typed(params: GRUParams, h: jax.Array, x: jax.Array, precision: Any) -> jax.Array:
@@ -243,15 +234,3 @@ def _typed(params: GRUParams, h: jax.Array, x: jax.Array, precision: Any) -> jax
     thirds, by = _products.thirds(learn), _products.in_loop(eq, learn)
     parts = _products.input_parts(eq, thirds)(_products.project_inputs(params, x, precision))
     return h + jnp.zeros_like(_cell.step(eq, learn, by, h, parts)[0])
-
-
-def _fits(shape: tuple, h: jax.Array) -> bool:
-    """Whether the coefficients of all steps, five numbers for each of h, are few enough to keep."""
-    kept = 5 * math.prod(shape) * h.shape[-1] * h.dtype.itemsize
-    return not isinstance(kept, int) or kept <= KEPT_BYTES
-
-
-def _alike(given: Given) -> Given:
-    """The arrays, all varying over the mapped axes of `enter`; costs nothing once compiled."""
-    zero = jnp.sum(jnp.zeros_like(given.enter))
-    return jax.tree.map(lambda a: a + zero, given)

@@ -29,14 +29,16 @@ _watcher = contextvars.ContextVar("watcher", default=None)
 
 
 @contextlib.contextmanager
-def watch(see: Callable[[Call], Any]) -> Iterator[None]:
+def watch(see: Callable[[Call], Any]) -> Iterator[Callable[[Call], Any]]:
     """While this is open, every call of a layer or cell, of either Flax API, is shown to `see`.
 
-    What `see` returns for a layer, if not None, stands for what the core would have returned.
+    What `see` returns for a layer, if not None, stands for what the core would have returned. Gives
+    the function that was shown the calls before.
     """
+    outside = _watcher.get() or (lambda call: None)
     token = _watcher.set(see)
     try:
-        yield
+        yield outside
     finally:
         _watcher.reset(token)
 

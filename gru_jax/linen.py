@@ -25,6 +25,7 @@ from gru_jax._layer import (
     stored_state,
 )
 from gru_jax._options import CellOptions, LayerOptions
+from gru_jax._pair import call_directions
 from gru_jax._params import LEAVES, Leaf, Sizes
 
 STATE, HIDDEN = "state", "hidden_state"  # collection and variable of a stateful layer
@@ -131,11 +132,11 @@ class BidirectionalGRULayer(BidirectionalOptions, nn.Module, kw_only=True):
         """Runs both directions and merges them; arguments as in `GRULayer`, `hidden` a pair."""
         options = {"lengths": lengths, "mask": mask, "resets": resets}
         pair = state_pair(self, hidden)
-        results = []
+        calls = []
         for backward, name in ((False, "forward"), (True, "backward")):
             layer = GRULayer(**self.direction(backward=backward), name=name)
-            results.append(layer(x, pair[backward], **options))
-        return merge(self, *results)
+            calls.append(partial(layer, x, pair[backward], **options))
+        return merge(self, *call_directions(self, calls))
 
     def known_leaves(self) -> Mapping[str, Any]:
         """Returns the learnables of a bound layer, by direction and name."""

@@ -6,6 +6,7 @@ Learnables are `nnx.Param`s named as the fields of `GRUParams`; an absent projec
 import contextlib
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from flax import nnx
 from gru_jax import _layer
 from gru_jax._initializers import Given
 from gru_jax._options import CellOptions, LayerOptions
+from gru_jax._pair import call_directions
 from gru_jax._params import LEAF_NAMES, GRUParams
 
 
@@ -175,8 +177,8 @@ class GRUProjectedLayer(_layer.ProjectedLayerOptions, GRULayer):
 class BidirectionalGRULayer(_layer.BidirectionalOptions, nnx.Module):
     """Two GRUs over the same sequences, one from each end, for Flax nnx.
 
-    Sub-modules `forward` and `backward`. `merge` joins the outputs: "concat" (default), "sum",
-    "mul" or "ave"; output mode "last" joins the two final states. `hidden` is a pair, in and out.
+    Sub-modules `forward` and `backward`. `merge` joins the outputs: "concat", "sum", "mul" or
+    "ave"; output mode "last" joins the two final states. `hidden` is a pair, in and out.
 
     Args:
       name: a name for display.
@@ -214,9 +216,9 @@ class BidirectionalGRULayer(_layer.BidirectionalOptions, nnx.Module):
     def __call__(self, x: Any, hidden: Any = None, *, lengths=None, mask=None, resets=None) -> Any:
         """Runs both directions and merges them; arguments of `GRULayer`, `hidden` a pair."""
         options = {"lengths": lengths, "mask": mask, "resets": resets}
-        pair = _layer.state_pair(self, hidden)
-        forward = self.forward(x, pair[0], **options)
-        return _layer.merge(self, forward, self.backward(x, pair[1], **options))
+        layers, pair = (self.forward, self.backward), _layer.state_pair(self, hidden)
+        calls = [partial(layers[i], x, pair[i], **options) for i in (0, 1)]
+        return _layer.merge(self, *call_directions(self, calls))
 
     def known_leaves(self) -> dict[str, Any]:
         """Returns the learnables by direction and name."""

@@ -275,9 +275,11 @@ def test_last_keeps_no_sequence():
     params, x, h0 = problem()
     for mode, written in (("sequence", True), ("last", False)):
         run = lambda x, mode=mode: gru_jax.gru(params, x, h0, output_mode=mode)[0]  # noqa: E731
-        ((carried, emitted),) = loops(run, x)
-        assert emitted == []
-        assert set(carried) - {()} == {(B, H)} | ({(B, T, H)} if written else set())
+        programs = loops(run, x)
+        assert len(programs) == 2  # for CUDA, and for every other platform
+        for carried, emitted in programs:
+            assert set(emitted) <= ({(B, T, H)} if written else set())
+            assert set(carried) - {()} <= {(B, H)} | ({(B, T, H)} if written else set())
 
 
 def test_checkpointing_keeps_less_for_the_backward_pass():

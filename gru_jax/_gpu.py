@@ -1,0 +1,220 @@
+"""What the two GPU kernels share: who may run them, tiles, packing, and the exchange.
+
+A cluster of C thread blocks runs a whole sequence of N batch rows, block c the 64 hidden units
+64 c … 64 c + 63. Matrix products put units in rows and the batch in columns, so a batch of one
+wastes 15 columns and not 63 rows. R stays in the blocks' shared memory for all T steps; what every
+block needs of the others, it is sent: at each step each block writes its 64 × N numbers into the
+shared memory of all C, and a barrier there counts the arrivals. The host is not involved.
+
+    hidden units      C = 4 blocks, e. g. H = 256           batch: one cluster for each N rows
+      0 …  63   ┌ block 0: rows of R, its h ┐
+     64 … 127   │ block 1                   │ every step: own 64 × N numbers to all four
+    128 … 191   │ block 2                   │
+    192 … 255   └ block 3                   ┘
+
+Written for Hopper (compute capability 9.0: wgmma, clusters, TMA), with Pallas' Mosaic GPU.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_batching import custom_vmap
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from gru_jax import _activations
+from gru_jax._products import Equations, Learnables, times
+
+UNITS = 64  # of a block: the rows of one wgmma
+TILES = (16, 32)  # batch rows of a cluster
+MOST_BLOCKS = 8  # of a cluster, on every Hopper GPU
+MULTIPROCESSORS = 132  # of an H100 or H200
+SHARED_BYTES = 232_448  # of a block
+BARRIER_BYTES = 1024  # at most, for all barriers of a block
+GATES: dict[Callable, Callable] = {
+    _activations.GATE["sigmoid"]: lambda a: 1.0 / (1.0 + jnp.exp(-a)),
+    _activations.GATE["hard-sigmoid"]: _activations.hard_sigmoid,
+}
+STATES: dict[Callable, Callable] = {
+    _activations.STATE["tanh"]: lambda a: 2.0 / (1.0 + jnp.exp(-2.0 * a)) - 1.0,
+    _activations.STATE["softsign"]: lambda a: a / (1.0 + jnp.abs(a)),
+}
+
+
+class Tiles(NamedTuple):
+    """How a layer lies on the GPU: static, hashable."""
+
+    blocks: int  # C
+    columns: int  # N
+    operand: str  # the 16-bit type of what is multiplied
+
+
+def tiles_for(shape: tuple[int, ...], operand: str, shared_bytes: Callable) -> Tiles | None:
+    """The narrowest tiles that put all states (*batch, H) on the GPU at once; None if none fit.
+
+    `shared_bytes(C, N)`: the shared memory that a block needs.
+    """
+    *batch, H = shape
+    C = -(-H // UNITS)
+    fit = [N for N in TILES if shared_bytes(C, N) + BARRIER_BYTES <= SHARED_BYTES]
+    if C > MOST_BLOCKS or not fit:
+        return None
+    at_once = [N for N in fit if -(-math.prod(batch) // N) * C <= MULTIPROCESSORS]
+    return Tiles(C, (at_once or fit[-1:])[0], operand)
+
+
+def pack(tiles: Tiles, a: jax.Array) -> jax.Array:
+    """(B, T, H) to (B / N, T, C, 64, N), with zeros for what fills the last tile and block."""
+    B, T, H = a.shape
+    C, N = tiles.blocks, tiles.columns
+    rows = -(-B // N)
+    a = jnp.pad(a, ((0, rows * N - B), (0, 0), (0, C * UNITS - H)))
+    return jnp.transpose(a.reshape(rows, N, T, C, UNITS), (0, 2, 3, 4, 1))
+
+
+def unpack(a: jax.Array, B: int, H: int) -> jax.Array:
+    """Undoes `pack`."""
+    rows, T, C, U, N = a.shape
+    a = jnp.transpose(a, (0, 4, 1, 2, 3)).reshape(rows * N, T, C * U)
+    return a[:B, :, :H]
+
+
+def pack_state(tiles: Tiles, a: jax.Array) -> jax.Array:
+    """(B, H) to (B / N, C, 64, N)."""
+    return pack(tiles, a[:, None])[:, 0]
+
+
+def pack_flags(tiles: Tiles, a: jax.Array) -> jax.Array:
+    """(B, T) booleans to (B / N, T, N), 1.0 for True."""
+    B, T = a.shape
+    rows = -(-B // tiles.columns)
+    a = jnp.pad(a.astype(jnp.float32), ((0, rows * tiles.columns - B), (0, 0)))
+    return jnp.swapaxes(a.reshape(rows, tiles.columns, T), 1, 2)
+
+
+def pad_units(a: jax.Array, C: int, axes: tuple[int, ...]) -> jax.Array:
+    """The array with zeros for the units that fill the last block, along `axes`."""
+    widths = [(0, C * UNITS - n if i in axes else 0) for i, n in enumerate(a.shape)]
+    return jnp.pad(a, widths)
+
+
+def in_range(a: jax.Array, operand: str) -> jax.Array:
+    """The array, NaN where `operand` would make it infinite: rather no number than a wrong one."""
+    most = float(jnp.finfo(operand).max)
+    return jnp.where(jnp.abs(a) <= most, a, jnp.nan)
+
+
+def shared(shape: tuple[int, ...], dtype: Any, N: int) -> Any:
+    """Shared memory tiled as wgmma and TMA want it: alike for all that meets in one product."""
+    dtype = jnp.dtype(dtype)
+    transforms = (
+        plgpu.TilingTransform((8, N)),
+        plgpu.SwizzleTransform(N * dtype.itemsize),
+    )
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
+def product(pairs: list[tuple[Any, Any]], shape: tuple[int, int]) -> jax.Array:
+    """The sum of products of arrays in shared memory, in float32."""
+
+    def multiply(accumulator: Any) -> jax.Array:
+        for matrix, columns in pairs:
+            plgpu.wgmma(accumulator, matrix, columns)
+        return accumulator[...]
+
+    return pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
+
+
+def send(value: jax.Array, buffer: Any, row: Any, barrier: Any, blocks: int) -> None:
+    """Starts writing 64 × N numbers to `buffer`, from `row` on, of all blocks of the cluster."""
+    place = pl.ds(row, UNITS)
+    if blocks == 1:
+        buffer[place] = value
+        return
+    first = lax.axis_index("block")
+    for other in range(blocks):
+        plgpu.async_store_smem(
+            value,
+            buffer.at[place],
+            barrier,
+            cluster_idx=lax.rem(first + other, jnp.int32(blocks)),
+            cluster_dim="block",
+        )
+
+
+def receive(barrier: Any, blocks: int) -> None:
+    """Waits until all blocks have written to this one, and shows it to wgmma and TMA."""
+    if blocks > 1:
+        plgpu.barrier_wait(barrier)
+    plgpu.commit_smem()
+
+
+def launch(body: Callable, tiles: Tiles, out: Any, scratch: tuple) -> Callable:
+    """Returns (weights, data) -> out: the kernel on arrays with leading axes.
+
+    Those of `weights` begin with (nets,), those of `data` and `out` with (nets, tiles); `vmap` adds
+    to the first where weights are mapped, else to the second.
+    """
+
+    def run(weights: tuple, data: tuple) -> tuple:
+        nets, rows = data[0].shape[:2]
+        kernel = plgpu.kernel(
+            body,
+            out_type=[jax.ShapeDtypeStruct((nets, rows, *a.shape), a.dtype) for a in out],
+            scratch_types=scratch,
+            grid=(nets, rows),
+            grid_names=("net", "tile"),
+            cluster=(tiles.blocks,),
+            cluster_names=("block",),
+            compiler_params=plgpu.CompilerParams(
+                approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
+            ),
+        )
+        alike = jnp.sum(jnp.zeros_like(data[0]))  # typed as the data; costs nothing once compiled
+        return tuple(a + alike for a in kernel(*weights, *data))
+
+    call = custom_vmap(run)
+
+    @call.def_vmap
+    def fold(size: int, mapped: Any, weights: tuple, data: tuple) -> tuple:
+        axis = 0 if any(jax.tree.leaves(mapped[0])) else 1
+
+        def join(a: jax.Array, is_mapped: bool) -> jax.Array:
+            a = a if is_mapped else jnp.broadcast_to(a, (size, *a.shape))
+            a = jnp.moveaxis(a, 0, axis)
+            return a.reshape(*a.shape[:axis], -1, *a.shape[axis + 2 :])
+
+        def split(a: jax.Array) -> jax.Array:
+            a = a.reshape(*a.shape[:axis], size, -1, *a.shape[axis + 1 :])
+            return jnp.moveaxis(a, axis, 0)
+
+        if axis == 0:
+            weights = jax.tree.map(join, weights, mapped[0])
+        result = call(weights, jax.tree.map(join, data, mapped[1]))
+        return jax.tree.map(split, result), jax.tree.map(lambda _: True, result)
+
+    return call
+
+
+def flat(a: jax.Array, kept: int) -> jax.Array:
+    """The array with its batch axes, all but the last `kept` ones, made one."""
+    return a.reshape(math.prod(a.shape[: a.ndim - kept]), *a.shape[a.ndim - kept :])
+
+
+def dense(eq: Equations, learn: Learnables) -> jax.Array:
+    """R as (3, H, H); with an output projector the product R Q_oᵀ."""
+    R = learn.R if learn.Q is None else times(learn.Q, learn.R, eq.precision)
+    return R.reshape(3, -1, R.shape[1])
+
+
+def on_hopper() -> bool:
+    """Whether all CUDA devices at hand, one at least, are of the kind that the kernels are for."""
+    try:
+        devices = jax.devices("cuda")
+    except RuntimeError:
+        return False
+    return all(getattr(device, "compute_capability", "") == "9.0" for device in devices)

@@ -35,21 +35,13 @@ SECTIONS = (*sections.SEQUENCE, "streaming", "compile", "memory", "modes")
 RESULTS = Path(__file__).parent / "results"
 
 
-def parse_size(text: str) -> Size:
-    """Reads "B,T,I,H"."""
-    numbers = [int(part) for part in text.split(",")]
-    if len(numbers) != 4 or min(numbers) < 1:
-        raise argparse.ArgumentTypeError(f"a size is B,T,I,H, four positive integers, got {text}")
-    return Size(*numbers)
-
-
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(prog="examples.benchmarks", description="Benchmark GRUs.")
     add = parser.add_argument
     add("--device", choices=("cpu", "gpu"), default="cpu")
     add("--precision", choices=("default", "highest"), default="default", help="highest: no TF32")
-    add("--sizes", nargs="+", type=parse_size, metavar="B,T,I,H", help="the seven main ones")
+    add("--sizes", nargs="+", type=Size.parse, metavar="B,T,I,H", help="the seven main ones")
     add("--only", nargs="+", choices=SECTIONS, default=SECTIONS, help="what to measure")
     add("--peers", nargs="*", choices=PEERS, default=PEERS, help="whom to compare with")
     add("--rounds", type=int, help="15, or 3 with --quick")

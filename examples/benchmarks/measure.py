@@ -44,7 +44,10 @@ def visit(call: Callable[[], object]) -> float:
 
 
 def shuffled(
-    calls: Mapping[Key, Callable[[], object]], rounds: int, rng: np.random.Generator
+    calls: Mapping[Key, Callable[[], object]],
+    rounds: int,
+    rng: np.random.Generator,
+    visit: Callable[[Callable[[], object]], float] = visit,
 ) -> tuple[dict[Key, Timing], dict[Key, Exception]]:
     """Visits every call once per round, in a new order each time.
 
@@ -55,6 +58,7 @@ def shuffled(
       calls: what to time; each call returns only when its result is ready.
       rounds: how many times every call is visited.
       rng: shuffles.
+      visit: times a call.
 
     Returns:
       The timings, and the exceptions of those that failed on the way.

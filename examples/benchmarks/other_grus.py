@@ -1,5 +1,6 @@
 """GRUs outside JAX: PyTorch, and for inference ONNX Runtime and OpenVINO."""
 
+import copy
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -11,13 +12,29 @@ from examples.benchmarks.runners import Runner
 
 
 class TorchGRU:
-    """`torch.nn.GRU` on the CPU or a GPU, where each call waits for the device."""
+    """`torch.nn.GRU` on the CPU or a GPU, where each call waits for the device.
 
-    def __init__(self, weights: Weights, device: str, cell: bool = False):
+    Args:
+      weights: of recurrent-bias mode.
+      device: "cpu" or "gpu".
+      cell: take single steps with `torch.nn.GRUCell`.
+      dtype: of weights and inputs.
+      lengths: of the sequences, (B,), which are then packed, and the outputs padded again.
+    """
+
+    def __init__(
+        self,
+        weights: Weights,
+        device: str,
+        cell: bool = False,
+        dtype: str = "float32",
+        lengths: np.ndarray | None = None,
+    ):
         import torch
 
         assert weights.mode == RECURRENT_BIAS
         H, I = weights.R.shape[1], weights.W.shape[1]  # noqa: E741
+        self.dtype, self.lengths = getattr(torch, dtype), lengths
         self.device = torch.device("cuda" if device == "gpu" else "cpu")
         self.layer = torch.nn.GRU(I, H, batch_first=True)
         self.cell = torch.nn.GRUCell(I, H) if cell else None
@@ -26,29 +43,41 @@ class TorchGRU:
             with torch.no_grad():
                 for tensor, array in zip(module.parameters(), leaves, strict=True):
                     tensor.copy_(torch.from_numpy(array))
-            module.to(self.device)
+            module.to(self.device, self.dtype)
         self.wait = torch.cuda.synchronize if device == "gpu" else lambda: None
 
     def bind(self, problem: Problem) -> Runner:
         """Returns forward and training step on the inputs of a problem."""
         import torch
 
-        x, g = (torch.from_numpy(a).to(self.device) for a in (problem.x, problem.g))
+        x, g = (torch.from_numpy(a).to(self.device, self.dtype) for a in (problem.x, problem.g))
         leaves = [*self.layer.parameters(), x.clone().requires_grad_()]
+        inference = copy.deepcopy(self.layer).eval()
+        inference.flatten_parameters()
 
         def forward() -> Any:
             with torch.inference_mode():
-                y, _ = self.layer(x)
+                y = self._outputs(inference, x)
             self.wait()
             return y
 
         def train() -> Any:
-            y, _ = self.layer(leaves[-1])
+            y = self._outputs(self.layer, leaves[-1])
             gradients = torch.autograd.grad(torch.sum(y * g), leaves)
             self.wait()
             return gradients[-1]
 
-        return Runner(forward, train, lambda tensor: tensor.cpu().numpy())
+        return Runner(forward, train, lambda tensor: tensor.float().cpu().numpy())
+
+    def _outputs(self, layer: Any, x: Any) -> Any:
+        """Returns y of a layer, of packed sequences where there are lengths."""
+        if self.lengths is None:
+            return layer(x)[0]
+        from torch.nn.utils import rnn
+
+        options: dict[str, Any] = {"batch_first": True}
+        packed = rnn.pack_padded_sequence(x, self.lengths, enforce_sorted=False, **options)
+        return rnn.pad_packed_sequence(layer(packed)[0], total_length=x.shape[1], **options)[0]
 
     def stream(self, x: np.ndarray) -> Callable[[], Any]:
         """Returns a call that takes one step on x, (1, I), from the state of the last call."""

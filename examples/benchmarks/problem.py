@@ -1,8 +1,11 @@
 """What every contestant is given: sizes, weights and inputs, and the right answer in float64."""
 
+import argparse
 from typing import NamedTuple
 
 import numpy as np
+
+from examples.benchmarks import oracle
 
 AFTER = "after-multiplication"
 BEFORE = "before-multiplication"
@@ -20,6 +23,16 @@ class Size(NamedTuple):
 
     def __str__(self) -> str:
         return ",".join(map(str, self))
+
+    @classmethod
+    def parse(cls, text: str) -> "Size":
+        """Reads "B,T,I,H"."""
+        numbers = [int(part) for part in text.split(",")]
+        if len(numbers) != 4 or min(numbers) < 1:
+            raise argparse.ArgumentTypeError(
+                f"a size is B,T,I,H, four positive integers, got {text}"
+            )
+        return cls(*numbers)
 
     def flops(self, training: bool) -> float:
         """The operations of the matrix products; a training step has three of each product."""
@@ -85,43 +98,20 @@ def draw(size: Size, mode: str, seed: int) -> Problem:
 
 
 def answer(problem: Problem) -> Answer:
-    """Computes the outputs and the gradient of x in float64: the equations, then back in time."""
-    mode, *arrays = problem.weights
-    W, R, b_W, b_R = (a.astype(np.float64) for a in arrays)
-    size, x = problem.size, problem.x.astype(np.float64)
-    H, before = size.hidden, mode == BEFORE
-    R_gates, R_candidate = R[: 2 * H], R[2 * H :]
-    Wx, h, tape, y = x @ W.T + b_W, np.zeros((size.batch, H)), [], []
-    for t in range(size.time):
-        gates = _sigmoid(Wx[:, t, : 2 * H] + h @ R_gates.T + b_R[: 2 * H])
-        r, z = gates[:, :H], gates[:, H:]
-        a = (r * h if before else h) @ R_candidate.T + b_R[2 * H :]
-        n = np.tanh(Wx[:, t, 2 * H :] + (a if before else r * a))
-        tape.append((h, r, z, a, n))
-        h = (1 - z) * n + z * h
-        y.append(h)
-
-    dh, dWx = np.zeros_like(h), np.empty_like(Wx)
-    for t in reversed(range(size.time)):
-        h, r, z, a, n = tape[t]
-        dh = dh + problem.g[:, t]
-        dn = dh * (1 - z) * (1 - n * n)
-        back = (dn if before else dn * r) @ R_candidate
-        dr = (back * h if before else dn * a) * r * (1 - r)
-        dz = dh * (h - n) * z * (1 - z)
-        dWx[:, t] = np.concatenate([dr, dz, dn], axis=1)
-        dh = dh * z + (r * back if before else back) + dWx[:, t, : 2 * H] @ R_gates
-    return Answer(np.stack(y, axis=1), dWx @ W)
+    """Computes the outputs and the gradient of x in float64, from the zero state."""
+    B, _, _, H = problem.size
+    weights, zeros = problem.weights, np.zeros((B, H))
+    leaves = {"W": weights.W, "R": weights.R}
+    leaves["b"] = np.concatenate([weights.bias, weights.recurrent_bias])
+    call = oracle.Call(weights.mode, leaves, problem.x, zeros, problem.g, zeros)
+    right = oracle.solve(call)
+    return Answer(right.y, right.x)
 
 
 def update_first(rows: np.ndarray) -> np.ndarray:
     """Returns rows reset, update, candidate as update, reset, candidate: Keras, ONNX."""
     r, z, n = np.split(rows, 3)
     return np.concatenate([z, r, n])
-
-
-def _sigmoid(a: np.ndarray) -> np.ndarray:
-    return 1 / (1 + np.exp(-a))
 
 
 def error(got: np.ndarray, expected: np.ndarray) -> float:

@@ -24,11 +24,13 @@ class Record:
     ratio: float | None = None  # value / that of gru_jax in the same mode
     ratio_to_plain: float | None = None  # value / that of plain autodiff in the same mode
     error: str | None = None
+    dtype: str = "float32"
+    details: dict[str, Any] | None = None
 
     @property
     def case(self) -> tuple:
         """Returns what two records share whose values can be compared."""
-        return self.section, tuple(self.size), self.variant, self.mode
+        return self.section, tuple(self.size), self.variant, self.mode, self.dtype
 
 
 def outcome(result: Timing | Exception, **fields: Any) -> Record:

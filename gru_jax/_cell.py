@@ -26,6 +26,7 @@ from gru_jax._products import (
     input_parts,
     input_row,
     learnables,
+    project,
     project_inputs,
     row,
     sum_of_transposed,
@@ -176,25 +177,47 @@ def forcing(
 
 
 def adjoint_step(eq: Equations, learn: Learnables) -> Callable:
-    """Returns (c, dh) -> Jᵀ dh, the transpose of `linear_step`.
+    """Returns (c, dh) -> Jᵀ dh, s: the transpose of `linear_step`, and what Q multiplies there.
 
     reset after:   z dh + R_rᵀ (c_r dh) + R_zᵀ (c_z dh) + R_h̃ᵀ (c_n r dh)
     reset before:  z dh + r m + R_rᵀ (c_r m) + R_zᵀ (c_z dh),  m = R_h̃ᵀ (c_n dh)
     """
-    back = partial(sum_of_transposed, eq, learn.Q)
     H = learn.R.shape[0] // 3
     R = learn.R.reshape(3, H, learn.R.shape[1])
 
-    def after(c: Coefficients, dh: jax.Array) -> jax.Array:
-        return c.z * dh + back(R, (c.c_r * dh, c.c_z * dh, c.c_n * c.r * dh))
+    def back(R: jax.Array, parts: tuple) -> tuple:
+        s = sum_of_transposed(eq, R, parts)
+        return (s, ()) if learn.Q is None else (times(learn.Q, s, eq.precision), (s,))
+
+    def after(c: Coefficients, dh: jax.Array) -> tuple:
+        m, s = back(R, (c.c_r * dh, c.c_z * dh, c.c_n * c.r * dh))
+        return c.z * dh + m, s
 
     R_rz, R_n = R[:2], R[2:]
 
-    def before(c: Coefficients, dh: jax.Array) -> jax.Array:
-        m = back(R_n, (c.c_n * dh,))
-        return c.z * dh + c.r * m + back(R_rz, (c.c_r * m, c.c_z * dh))
+    def before(c: Coefficients, dh: jax.Array) -> tuple:
+        m, s_n = back(R_n, (c.c_n * dh,))
+        m_rz, s_rz = back(R_rz, (c.c_r * m, c.c_z * dh))
+        return c.z * dh + c.r * m + m_rz, s_rz + s_n
 
     return after if eq.reset_after else before
+
+
+def adjoint_forcing(
+    eq: Equations, learn: Learnables, c: Coefficients, h: jax.Array, x: jax.Array,
+    dh: jax.Array, s: tuple | None = None,
+) -> tuple[Learnables, jax.Array]:  # fmt: skip
+    """The transpose of `forcing`; `dh` and `s` are what `adjoint_step` took and gave beside Jᵀ dh.
+
+    dQ = Σ v sᵀ over the steps, v being what Qᵀ multiplies: h and, reset before, r h. Without `s`
+    it takes a product more.
+    """
+    d_learn, dx = jax.linear_transpose(partial(forcing, eq, learn, c, h, x), learn, x)(dh)
+    if learn.Q is None or s is None:
+        return d_learn, dx
+    projections = lambda Q: [project(eq, Q, v) for v in (h, c.r * h)[: len(s)]]  # noqa: E731
+    (dQ,) = jax.linear_transpose(projections, learn.Q)(list(s))
+    return d_learn._replace(Q=dQ), dx
 
 
 def _value_and_slope(function: Callable, a: jax.Array) -> tuple[jax.Array, jax.Array]:

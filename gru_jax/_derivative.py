@@ -71,24 +71,26 @@ def cotangents(loop: Loop, known: Known, ct: Results) -> Given:
         starts, x_block, c = at_block(loop, known, blocks, k)
 
         def body(m: Any, carry: tuple) -> tuple:
-            dh, d_back, dhs = carry
+            dh, d_back, (dhs, ss) = carry
             i = blocks.time(blocks.size - 1 - m)
             dh = dh if ct.hs is None else dh + at(ct.hs, begin + i)
             dhs = put(dhs, dh, i)
-            dh = adjoint_step(at(c, i) if kept is None else at(kept, begin + i), dh)
+            dh, s = adjoint_step(at(c, i) if kept is None else at(kept, begin + i), dh)
+            ss = put(ss, s, i)
             reset = at(flags.reset, begin + i)
             d_back = d_back if reset is None else d_back + jnp.where(reset, dh, 0.0)
-            return where(reset, 0.0, dh), d_back, dhs
+            return where(reset, 0.0, dh), d_back, (dhs, ss)
 
         dh, d_back, d_learn, d_x = carry
         # Zeros at the steps of an overlap, which belong to the block before and count there.
-        init = (dh, d_back, space(enter, blocks.size, 0.0))
         if in_kernel:
-            dh, d_back, dhs = in_kernel(learn, c, flags.reset, ct)
+            dh, d_back, seen = in_kernel(learn, c, flags.reset, ct)
         else:
-            dh, d_back, dhs = lax.fori_loop(0, blocks.size - processed, body, init, **unroll)
-        forcing = partial(_cell.forcing, eq, thirds, c, starts, x_block)
-        more, d_x_block = jax.linear_transpose(forcing, thirds, x_block)(dhs)
+            like = adjoint_step(at(c, 0), enter)  # which nobody computes
+            seen = jax.tree.map(lambda a: space(a, blocks.size, 0.0), like)
+            init = dh, d_back, seen
+            dh, d_back, seen = lax.fori_loop(0, blocks.size - processed, body, init, **unroll)
+        more, d_x_block = _cell.adjoint_forcing(eq, thirds, c, starts, x_block, *seen)
         d_learn = jax.tree.map(jnp.add, d_learn, _products.wholes(more))
         return dh, d_back, d_learn, put_block(d_x, d_x_block, begin)
 

@@ -157,7 +157,7 @@ def tiles_for(reset_after: bool, shape: tuple[int, ...]) -> Tiles | None:
 def cotangents(
     eq: Equations, tiles: Tiles, reverse: bool, learn: Learnables, c: Coefficients,
     reset: jax.Array | None, ct: Results,
-) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
+) -> tuple[jax.Array, jax.Array, tuple[jax.Array]]:  # fmt: skip
     """δ_0, the sum of what resets return, and all δ_t + g_t, from the coefficients, g_t and δ_T."""
     g, last = ct
     batch, T, H = c.z.shape[:-2], c.z.shape[TIME], c.z.shape[-1]
@@ -173,7 +173,7 @@ def cotangents(
     data = jnp.concatenate(rows, axis=3), _gpu.pack_state(tiles, start), resets
     dhs, *sums = run((_columns(tiles, eq, learn),), tuple(a[None] for a in data))
     d_enter, d_back = (_gpu.unpack(a[0][:, None], B, H).reshape(last.shape) for a in sums)
-    return d_enter, d_back, _gpu.unpack(dhs[0], B, H).reshape(*batch, T, H)
+    return d_enter, d_back, (_gpu.unpack(dhs[0], B, H).reshape(*batch, T, H),)
 
 
 def _columns(tiles: Tiles, eq: Equations, learn: Learnables) -> jax.Array:

@@ -151,12 +151,11 @@ def project(eq: Equations, Q: jax.Array | None, v: jax.Array) -> jax.Array:
     return v if Q is None else times(Q, v, eq.precision, axis=0)
 
 
-def sum_of_transposed(eq: Equations, Q: jax.Array | None, R: jax.Array, parts: tuple) -> jax.Array:
-    """Σ_g R_gᵀ v_g, or Q Σ_g R_gᵀ v_g with a projector, as one product; R is (gates, H, P)."""
+def sum_of_transposed(eq: Equations, R: jax.Array, parts: tuple) -> jax.Array:
+    """Σ_g R_gᵀ v_g as one product; R is (gates, H, P)."""
     v = jnp.stack(parts, axis=-2)
     contract = ((v.ndim - 2, v.ndim - 1), (0, 1))
-    s = lax.dot_general(v, R, (contract, ((), ())), precision=eq.precision)
-    return s if Q is None else times(Q, s, eq.precision)
+    return lax.dot_general(v, R, (contract, ((), ())), precision=eq.precision)
 
 
 def _laid_out(matrices: tuple, copied: bool) -> tuple[tuple, int]:

@@ -78,7 +78,7 @@ def response(
 
     def through(d: jax.Array) -> jax.Array:
         if transposed:
-            return before(where(reset, 0.0, back(c, d)))
+            return before(where(reset, 0.0, back(c, d)[0]))
         return _cell.linear_step(eq, by, c, where(reset, 0.0, before(d)))
 
     def body(now: tuple) -> tuple:

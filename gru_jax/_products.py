@@ -83,19 +83,26 @@ def project_inputs(params: GRUParams, x: jax.Array, precision: Any = None) -> ja
     return x if Q is None else times(Q, x, precision, axis=0)
 
 
-def input_parts(eq: Equations, learn: Learnables, copied: bool = False) -> Callable:
-    """Returns x -> W_g x + b_g for the three gates; `learn` is cut into thirds.
+def input_parts(
+    eq: Equations, learn: Learnables, copied: bool = False, biased: bool = True
+) -> Callable:
+    """Returns x -> W_g x + b_g for the three gates, or W_g x; `learn` is cut into thirds.
 
     Three arrays of shape (*batch, H) and not one of 3H: a loop that reads them needs no slices.
     """
     Ws, axis = _laid_out(learn.W, copied)
 
     def parts(x: jax.Array) -> Three:
-        part = lambda W, b: times(W, x, eq.precision, axis) + row(b, x)  # noqa: E731
-        x_r, x_z, x_n = map(part, Ws, learn.b)
-        return x_r, x_z, x_n
+        x_r, x_z, x_n = (times(W, x, eq.precision, axis) for W in Ws)
+        return with_biases(learn, (x_r, x_z, x_n)) if biased else (x_r, x_z, x_n)
 
     return parts
+
+
+def with_biases(learn: Learnables, parts: Three) -> Three:
+    """Adds b_g to W_g x for the three gates; `learn` is cut into thirds."""
+    x_r, x_z, x_n = (part + row(b, part) for part, b in zip(parts, learn.b, strict=True))
+    return x_r, x_z, x_n
 
 
 def input_row(eq: Equations, learn: Learnables, x: jax.Array) -> Three:

@@ -70,22 +70,26 @@ def _run_on(loop: Loop, given: Given, flags: Flags) -> tuple[Results, Coefficien
     if kernel:
         return kernel(given, flags)
     eq, (learn, x, enter, back), T = loop.equations, given, given.x.shape[TIME]
-    copied = math.prod(enter.shape[:-1]) != 1  # one row at a time reads the matrices as they are
-    by = _products.in_loop(eq, learn, copied)
-    input_parts = _products.input_parts(eq, _products.thirds(learn), copied)
+    thirds = _products.thirds(learn)
+    many = math.prod(enter.shape[:-1]) != 1  # one row at a time reads the matrices as they are
+    by = _products.in_loop(eq, learn, copied=many)
+    # Adding biases to all parts first would pass through memory once more. One row is in the cache.
+    input_parts = _products.input_parts(eq, thirds, copied=many, biased=not many)
     blocks, unroll = pieces(loop, T, enter, BLOCK_BYTES)
-    in_place = loop.keep and blocks.number == 1  # no other block has its own parts of the input
+    if loop.keep:  # arrays of all time hold the parts of the input
+        blocks = Blocks(T, T, loop.reverse)
 
     def block(k: Any, carry: tuple) -> tuple:
         begin, processed = blocks.begin(k)
-        x_g = None if in_place else input_parts(block_of(x, begin, blocks.size))
+        parts = None if loop.keep else input_parts(block_of(x, begin, blocks.size))
 
         def body(j: Any, carry: tuple) -> tuple:
             h, hs, kept = carry
             i = blocks.time(j)
             skip, reset = at(flags, begin + i)
-            parts = at((kept.r, kept.z, kept.c_n) if in_place else x_g, i)
-            new, c = _cell.step(eq, learn, by, where(reset, back, h), parts)
+            x_g = at((kept.r, kept.z, kept.c_n) if loop.keep else parts, i)
+            x_g = _products.with_biases(thirds, x_g) if many else x_g
+            new, c = _cell.step(eq, learn, by, where(reset, back, h), x_g)
             h = where(skip, h, new)
             values = (h if loop.sequence else None, passing(skip, c) if loop.keep else None)
             return h, *put((hs, kept), values, begin + i)
@@ -93,11 +97,9 @@ def _run_on(loop: Loop, given: Given, flags: Flags) -> tuple[Results, Coefficien
         return lax.fori_loop(processed, blocks.size, body, carry, **unroll)
 
     hs, kept = space(enter, T, 1) if loop.sequence else None, None
-    if loop.keep:
-        kept = Coefficients(*(space(enter, T, 2 + n) for n in range(len(Coefficients._fields))))
-        if in_place:  # a step reads its parts of the input once, and can write where they were
-            x_r, x_z, x_n = input_parts(x)
-            kept = kept._replace(r=x_r, z=x_z, c_n=x_n)
+    if loop.keep:  # a step reads its parts of the input once, and can write where they were
+        x_r, x_z, x_n = input_parts(x)
+        kept = Coefficients(x_z, x_r, space(enter, T, 2), space(enter, T, 3), x_n)
     last, hs, kept = blocks.each(block, (enter, hs, kept))
     return Results(hs, last), kept
 

@@ -275,7 +275,7 @@ def test_last_keeps_no_sequence():
     params, x, h0 = problem()
     for mode, written in (("sequence", True), ("last", False)):
         run = lambda x, mode=mode: gru_jax.gru(params, x, h0, output_mode=mode)[0]  # noqa: E731
-        programs = loops(run, x)
+        programs = list(loops(run, x))
         assert len(programs) == 2  # for CUDA, and for every other platform
         for carried, emitted in programs:
             assert set(emitted) <= ({(B, T, H)} if written else set())

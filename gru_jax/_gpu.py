@@ -31,10 +31,12 @@ from gru_jax._products import Equations, Learnables, times
 
 UNITS = 64  # of a block: the rows of one wgmma
 TILES = (16, 32)  # batch rows of a cluster
-MOST_BLOCKS = 8  # of a cluster, on every Hopper GPU
-MULTIPROCESSORS = 132  # of an H100 or H200
+# How many clusters of so many blocks an H200 holds at once; a cluster stays within one of its
+# groups of 16 or 18 multiprocessors.
+AT_ONCE = {1: 132, 2: 66, 3: 40, 4: 32, 5: 24, 6: 16, 7: 16, 8: 16}
 SHARED_BYTES = 232_448  # of a block
 BARRIER_BYTES = 1024  # at most, for all barriers of a block
+FLAGS = 32  # numbers in a row of flags: it begins where a copy may begin, at 128 bytes
 GATES: dict[Callable, Callable] = {
     _activations.GATE["sigmoid"]: lambda a: 1.0 / (1.0 + jnp.exp(-a)),
     _activations.GATE["hard-sigmoid"]: _activations.hard_sigmoid,
@@ -61,23 +63,25 @@ def tiles_for(shape: tuple[int, ...], operand: str, shared_bytes: Callable) -> T
     *batch, H = shape
     C = -(-H // UNITS)
     fit = [N for N in TILES if shared_bytes(C, N) + BARRIER_BYTES <= SHARED_BYTES]
-    if C > MOST_BLOCKS or not fit:
+    if C not in AT_ONCE or not fit:
         return None
-    at_once = [N for N in fit if -(-math.prod(batch) // N) * C <= MULTIPROCESSORS]
+    at_once = [N for N in fit if -(-math.prod(batch) // N) <= AT_ONCE[C]]
     return Tiles(C, (at_once or fit[-1:])[0], operand)
 
 
-def pack(tiles: Tiles, a: jax.Array) -> jax.Array:
-    """(B, T, H) to (B / N, T, C, 64, N), with zeros for what fills the last tile and block."""
-    B, T, H = a.shape
+def pack(tiles: Tiles, *arrays: jax.Array) -> jax.Array:
+    """Arrays (B, T, H), n of them, to (B / N, T, C, 64 n, N); zeros fill the last tile and block."""
+    B, T, H = arrays[0].shape
     C, N = tiles.blocks, tiles.columns
-    rows = -(-B // N)
-    a = jnp.pad(a, ((0, rows * N - B), (0, 0), (0, C * UNITS - H)))
-    return jnp.transpose(a.reshape(rows, N, T, C, UNITS), (0, 2, 3, 4, 1))
+    rows, n = -(-B // N), len(arrays)
+    a = jnp.stack(arrays, axis=2)
+    a = jnp.pad(a, ((0, rows * N - B), (0, 0), (0, 0), (0, C * UNITS - H)))
+    a = jnp.transpose(a.reshape(rows, N, T, n, C, UNITS), (0, 2, 4, 3, 5, 1))
+    return a.reshape(rows, T, C, n * UNITS, N)
 
 
 def unpack(a: jax.Array, B: int, H: int) -> jax.Array:
-    """Undoes `pack`."""
+    """Undoes `pack` of one array."""
     rows, T, C, U, N = a.shape
     a = jnp.transpose(a, (0, 4, 1, 2, 3)).reshape(rows * N, T, C * U)
     return a[:B, :, :H]
@@ -157,17 +161,23 @@ def launch(body: Callable, tiles: Tiles, out: Any, scratch: tuple) -> Callable:
     """Returns (weights, data) -> out: the kernel on arrays with leading axes.
 
     Those of `weights` begin with (nets,), those of `data` and `out` with (nets, tiles); `vmap` adds
-    to the first where weights are mapped, else to the second.
+    to the first where weights are mapped, else to the second. `body` is told its net, tile and
+    block before it is given the arrays and the scratch memory.
     """
 
     def run(weights: tuple, data: tuple) -> tuple:
         nets, rows = data[0].shape[:2]
+
+        def placed(*refs: Any) -> None:
+            i, many = lax.axis_index("cluster"), jnp.int32(rows)  # in one axis: others are short
+            body(lax.div(i, many), lax.rem(i, many), lax.axis_index("block"), *refs)
+
         kernel = plgpu.kernel(
-            body,
+            placed,
             out_type=[jax.ShapeDtypeStruct((nets, rows, *a.shape), a.dtype) for a in out],
             scratch_types=scratch,
-            grid=(nets, rows),
-            grid_names=("net", "tile"),
+            grid=(nets * rows,),
+            grid_names=("cluster",),
             cluster=(tiles.blocks,),
             cluster_names=("block",),
             compiler_params=plgpu.CompilerParams(

@@ -27,7 +27,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from gru_jax import _gpu
 from gru_jax._blocks import TIME
 from gru_jax._cell import Coefficients
-from gru_jax._gpu import UNITS, Tiles
+from gru_jax._gpu import FLAGS, UNITS, Tiles
 from gru_jax._loop import Results
 from gru_jax._products import Equations, Learnables
 
@@ -38,7 +38,7 @@ def shared_bytes(reset_after: bool, C: int, N: int) -> int:
     """The shared memory of a block."""
     turns, coefficients = (2, 5) if reset_after else (1, 6)
     matrices = 3 * UNITS * C * UNITS + turns * 3 * C * UNITS * N
-    return 2 * matrices + 4 * ((2 * coefficients + 1) * UNITS * N + 2 * N)
+    return 2 * matrices + 4 * ((2 * coefficients + 1) * UNITS * N + 2 * FLAGS)
 
 
 def kernel(
@@ -54,10 +54,9 @@ def kernel(
     count = (4 if reset_after else 5) + outputs
 
     def body(
-        R, c, last, resets_now, dhs, d_enter, d_back,
+        net, tile, block, R, c, last, resets_now, dhs, d_enter, d_back,
         R_s, e_s, c_s, o_s, reset_s, once, came, sent, sent_n,
     ):  # fmt: skip
-        net, tile, block = (lax.axis_index(name) for name in ("net", "tile", "block"))
 
         def send(value, slot, gate, barrier):
             row = gate * K + block * UNITS
@@ -75,7 +74,8 @@ def kernel(
             plgpu.copy_gmem_to_smem(c.at[net, tile, t, block], c_s.at[slot], came.at[slot])
             if resets:
                 flags = resets_now.at[net, tile, t]
-                plgpu.copy_gmem_to_smem(flags, reset_s.at[slot], came.at[slot])
+                place = reset_s.at[slot, pl.ds(0, N)]
+                plgpu.copy_gmem_to_smem(flags, place, came.at[slot])
 
         def write(value, place):
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -122,7 +122,7 @@ def kernel(
             place = dhs.at[net, tile, time(i), block]
             dh = (after if reset_after else before)(slot, dh, place, *known)
             if resets:
-                reset = lax.broadcast_in_dim(reset_s[slot], rows, (1,)) > 0
+                reset = lax.broadcast_in_dim(reset_s[slot, pl.ds(0, N)], rows, (1,)) > 0
                 nothing = jnp.zeros_like(dh)
                 dh, returned = jnp.where(reset, nothing, dh), jnp.where(reset, dh, nothing)
                 back = back + returned
@@ -138,7 +138,7 @@ def kernel(
         _gpu.shared((2 if reset_after else 1, 3 * K, N), operand, N),
         _gpu.shared((2, count * UNITS, N), jnp.float32, N),
         _gpu.shared(rows, jnp.float32, N),
-        plgpu.SMEM((2, N), jnp.float32),
+        plgpu.SMEM((2, FLAGS), jnp.float32),
         plgpu.Barrier(),
         plgpu.Barrier(num_arrivals=1 + resets, num_barriers=2),
         plgpu.Barrier(num_arrivals=(3 if reset_after else 2) * C, num_barriers=2),
@@ -164,13 +164,13 @@ def cotangents(
     rows: list[Any] = [c.z, c.c_r, c.c_z]
     rows += [c.c_n * c.r] if eq.reset_after else [c.c_n, c.r]
     rows += [] if g is None else [g]
-    rows = [_gpu.pack(tiles, _gpu.flat(a, 2)) for a in rows]
+    packed = _gpu.pack(tiles, *(_gpu.flat(a, 2) for a in rows))
     start = _gpu.flat(last, 1)
-    B, resets = start.shape[0], jnp.zeros((rows[0].shape[0], 1, tiles.columns), jnp.float32)
+    B, resets = start.shape[0], jnp.zeros((packed.shape[0], 1, tiles.columns), jnp.float32)
     if reset is not None:
         resets = _gpu.pack_flags(tiles, _gpu.flat(reset[..., 0], 1))
     run = kernel(eq.reset_after, tiles, T, reverse, g is not None, reset is not None)
-    data = jnp.concatenate(rows, axis=3), _gpu.pack_state(tiles, start), resets
+    data = packed, _gpu.pack_state(tiles, start), resets
     dhs, *sums = run((_columns(tiles, eq, learn),), tuple(a[None] for a in data))
     d_enter, d_back = (_gpu.unpack(a[0][:, None], B, H).reshape(last.shape) for a in sums)
     return d_enter, d_back, (_gpu.unpack(dhs[0], B, H).reshape(*batch, T, H),)

@@ -25,7 +25,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from gru_jax import _gpu, _products
 from gru_jax._blocks import TIME
-from gru_jax._gpu import GATES, STATES, UNITS, Tiles
+from gru_jax._gpu import FLAGS, GATES, STATES, UNITS, Tiles
 from gru_jax._loop import Flags, Given, Loop, Results
 from gru_jax._products import Equations
 
@@ -35,7 +35,7 @@ DEFAULT_PRECISIONS = (None, "default", "fastest", lax.Precision.DEFAULT)
 def shared_bytes(C: int, N: int) -> int:
     """The shared memory of a block."""
     matrices = 3 * UNITS * C * UNITS + 2 * C * UNITS * N
-    return 2 * matrices + 4 * (2 * 3 * UNITS * N + UNITS * N + 2 * N)
+    return 2 * matrices + 4 * (2 * 3 * UNITS * N + UNITS * N + 2 * FLAGS)
 
 
 def kernel(
@@ -46,10 +46,9 @@ def kernel(
     gate, state, rows = GATES[eq.gate], STATES[eq.state], (UNITS, N)
 
     def body(
-        R, b_n, x, h_all, h_own, back, resets_next, out,
+        net, tile, block, R, b_n, x, h_all, h_own, back, resets_next, out,
         R_s, h_s, x_s, y_s, reset_s, once, came, sent,
     ):  # fmt: skip
-        net, tile, block = (lax.axis_index(name) for name in ("net", "tile", "block"))
         mine = block * UNITS
 
         def copy(source, place):
@@ -67,7 +66,8 @@ def kernel(
             plgpu.copy_gmem_to_smem(x.at[net, tile, t, block], x_s.at[slot], came.at[slot])
             if resets:
                 flags = resets_next.at[net, tile, t]
-                plgpu.copy_gmem_to_smem(flags, reset_s.at[slot], came.at[slot])
+                place = reset_s.at[slot, pl.ds(0, N)]
+                plgpu.copy_gmem_to_smem(flags, place, came.at[slot])
 
         def write(value, place):
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -105,7 +105,9 @@ def kernel(
             h = (1.0 - z) * n + z * h
             enters = h
             if resets:
-                enters = jnp.where(lax.broadcast_in_dim(reset_s[slot], rows, (1,)) > 0, start, h)
+                enters = jnp.where(
+                    lax.broadcast_in_dim(reset_s[slot, pl.ds(0, N)], rows, (1,)) > 0, start, h
+                )
             _gpu.send(enters.astype(operand), h_s.at[then], mine, sent.at[then], C)
             if sequence:
                 write(h, out.at[net, tile, T - 1 - i if reverse else i, block])
@@ -122,7 +124,7 @@ def kernel(
         _gpu.shared((2, C * UNITS, N), operand, N),
         _gpu.shared((2, 3 * UNITS, N), jnp.float32, N),
         _gpu.shared(rows, jnp.float32, N),
-        plgpu.SMEM((2, N), jnp.float32),
+        plgpu.SMEM((2, FLAGS), jnp.float32),
         plgpu.Barrier(),
         plgpu.Barrier(num_arrivals=1 + resets, num_barriers=2),
         plgpu.Barrier(num_arrivals=C, num_barriers=2),
@@ -167,9 +169,9 @@ def states(loop: Loop, tiles: Tiles, given: Given, flags: Flags) -> Results:
     parts = list(_products.input_parts(eq, _products.thirds(learn))(x))
     if flags.skip is not None:
         parts[1] = jnp.where(flags.skip, jnp.inf, parts[1])
-    parts = [_gpu.pack(tiles, _gpu.flat(part, 2)) for part in parts]
+    parts = _gpu.pack(tiles, *(_gpu.flat(part, 2) for part in parts))
     enter, back = _gpu.flat(enter, 1), _gpu.flat(back, 1)
-    resets_next = jnp.zeros((parts[0].shape[0], 1, tiles.columns), jnp.float32)
+    resets_next = jnp.zeros((parts.shape[0], 1, tiles.columns), jnp.float32)
     if flags.reset is not None:
         reset = _gpu.flat(flags.reset[..., 0], 1)
         first, rest = (
@@ -184,7 +186,7 @@ def states(loop: Loop, tiles: Tiles, given: Given, flags: Flags) -> Results:
     own = pack(enter)
     everyone = pack(_gpu.in_range(enter, tiles.operand)).astype(tiles.operand)
     everyone = everyone.reshape(own.shape[0], -1, tiles.columns)
-    data = (jnp.concatenate(parts, axis=3), everyone, own, pack(back), resets_next)
+    data = (parts, everyone, own, pack(_gpu.in_range(back, tiles.operand)), resets_next)
     run = kernel(eq, tiles, T, loop.reverse, loop.sequence, flags.reset is not None)
     (out,) = run((_rows(tiles, loop, learn), _bias(tiles, learn)), tuple(a[None] for a in data))
     if not loop.sequence:

@@ -80,7 +80,8 @@ def gru(
         the whole sequence, see `gru_jax._gpu`; it can be traced and lowered anywhere, and run on
         Hopper GPUs. It multiplies in 16 bits (float16, or bfloat16 for bfloat16 results; the
         backward loop always in bfloat16) and sums in float32; states or recurrent weights beyond
-        float16's 65,504 give NaN. "parallel": all steps at once, by
+        float16's 65,504 give NaN. Of arrays sharded over GPUs each computes the whole, unless it is
+        called inside `jax.shard_map`. "parallel": all steps at once, by
         Newton's method; `gru_parallel` without its info. None: the kernel where it has been
         measured to be faster, else the loop.
 

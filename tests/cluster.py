@@ -101,6 +101,11 @@ def one(barrier: Any) -> Barrier:
     return barrier if isinstance(barrier, Barrier) else barrier.all[0]
 
 
+def assert_aligned(ref: Ref) -> None:
+    begin, home = (a.__array_interface__["data"][0] for a in (ref.view, ref.home.view))
+    assert (begin - home) % 128 == 0, "a copy begins at a place where the hardware allows none"
+
+
 class Block:
     """What a block sees as `plgpu`, `pl` and `lax`."""
 
@@ -122,6 +127,7 @@ class Block:
         return thread
 
     def copy_gmem_to_smem(self, source: Ref, place: Ref, barrier: Any) -> None:
+        assert_aligned(place)
         place.view[...] = np.nan
 
         def do() -> None:
@@ -131,6 +137,7 @@ class Block:
         self.later(do)
 
     def copy_smem_to_gmem(self, source: Ref, place: Ref) -> None:
+        assert_aligned(source)
         assert not source.dirty.any(), "written memory was copied before it was committed"
         self.stores.append(self.later(lambda: place.view.__setitem__(..., source.view)))
 
@@ -240,7 +247,7 @@ def launch(body: Any, tiles: Any, out: Any, scratch: Any) -> Any:
 def work(block: Block, body: Any, arrays: list) -> None:
     local.block = block
     try:
-        body(*arrays, *block.memory)
+        body(*block.index.values(), *arrays, *block.memory)
         assert not block.stores
         assert all(b.came == 0 and b.phases == b.waited for bs in block.barriers for b in bs.all)
     except BaseException as error:

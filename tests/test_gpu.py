@@ -110,10 +110,10 @@ def test_the_largest_layers_and_the_widest_tiles_lower(mode):
     assert kernels(jax.grad(partial(loss, **resets)), *shapes(320, 1, mode, "float32")) == 2
     # Above, the backward loop is XLA's.
     assert kernels(jax.grad(loss), *shapes(448, 1, mode, "float32")) == 1
-    batch = _gpu.MULTIPROCESSORS // 4 * 16 + 1  # one row more than narrow tiles can hold at once
+    batch = _gpu.AT_ONCE[4] * 16 + 1  # one row more than narrow tiles can hold at once
     assert _gpu_forward.tiles_for((batch, 256), "float16").columns == 32
     assert kernels(loss, *shapes(256, batch, mode, "float32")) == 1
-    batch = _gpu.MULTIPROCESSORS // 2 * 16 + 1
+    batch = _gpu.AT_ONCE[2] * 16 + 1
     assert _gpu_backward.tiles_for(mode != BEFORE, (batch, 128)).columns == 32
     assert kernels(jax.grad(loss), *shapes(128, batch, mode, "float32")) == 2
 
@@ -321,9 +321,18 @@ def test_a_state_that_16_bits_cannot_hold_gives_no_number_rather_than_a_wrong_on
     arrays, x, h0, *_ = case(AFTER, 5, 2)
     with jax.disable_jit(), on_the_cpu():
         params = as_params(arrays, AFTER)
-        y, _ = gru_jax.gru(params, x, jnp.asarray(h0).at[1, 2].set(1e5), implementation="pallas")
+        run = partial(gru_jax.gru, params, x, implementation="pallas")
+        y, _ = run(jnp.asarray(h0).at[1, 2].set(1e5))
+        # A layer that keeps its state between calls returns to another one than it enters with.
+        back = jnp.asarray(h0).at[1, 2].set(1e5)
+        options = _sequence.Options("sequence", False, None, None, None, "pallas")
+        resets = np.arange(2 * T).reshape(2, T) % T == 3
+        z, _ = _sequence.run(options, params, x, jnp.asarray(h0), back, None, None, resets)
     assert np.isfinite(y[0]).all()
-    assert np.isnan(y[1]).any()
+    assert np.isnan(y[1]).all()
+    assert np.isfinite(z[0]).all()
+    assert np.isfinite(z[1, :3]).all()
+    assert np.isnan(z[1, 3:]).all()
 
 
 @pytest.mark.skipif(not hasattr(plgpu, "force_gpu_interpret_mode"), reason="jax before 0.11")

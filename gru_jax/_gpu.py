@@ -17,6 +17,7 @@ Written for Hopper (compute capability 9.0: wgmma, clusters, TMA), with Pallas' 
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +26,8 @@ from jax import lax
 from jax.custom_batching import custom_vmap
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
 
 from gru_jax import _activations
 from gru_jax._products import Equations, Learnables, times
@@ -70,7 +73,7 @@ def tiles_for(shape: tuple[int, ...], operand: str, shared_bytes: Callable) -> T
 
 
 def pack(tiles: Tiles, *arrays: jax.Array) -> jax.Array:
-    """Arrays (B, T, H), n of them, to (B / N, T, C, 64 n, N); zeros fill the last tile and block."""
+    """Arrays (B, T, H), n of them, to (B / N, T, C, 64 n, N); zeros fill tile and block."""
     B, T, H = arrays[0].shape
     C, N = tiles.blocks, tiles.columns
     rows, n = -(-B // N), len(arrays)
@@ -157,6 +160,25 @@ def receive(barrier: Any, blocks: int) -> None:
     plgpu.commit_smem()
 
 
+def elsewhere(kernel: Callable, *arrays: jax.Array) -> list:
+    """What stands in a program in place of a kernel on other platforms: it cannot be lowered."""
+    return _elsewhere_p.bind(*arrays, out=tuple(jax.make_jaxpr(kernel)(*arrays).out_avals))
+
+
+def _refuse(*_: Any, **__: Any) -> Any:
+    raise ValueError(
+        "implementation 'pallas' runs on Hopper GPUs, and this is to run elsewhere too. Pass "
+        "implementation=None or 'scan', or lower for CUDA alone: lowering_platforms=('cuda',)."
+    )
+
+
+_elsewhere_p = Primitive("gru_kernel_elsewhere")
+_elsewhere_p.multiple_results = True
+_elsewhere_p.def_impl(_refuse)
+_elsewhere_p.def_abstract_eval(lambda *_, out: list(out))
+mlir.register_lowering(_elsewhere_p, _refuse)
+
+
 def launch(body: Callable, tiles: Tiles, out: Any, scratch: tuple) -> Callable:
     """Returns (weights, data) -> out: the kernel on arrays with leading axes.
 
@@ -184,8 +206,10 @@ def launch(body: Callable, tiles: Tiles, out: Any, scratch: tuple) -> Callable:
                 approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
             ),
         )
+        arrays = (*weights, *data)
+        results = lax.platform_dependent(*arrays, cuda=kernel, default=partial(elsewhere, kernel))
         alike = jnp.sum(jnp.zeros_like(data[0]))  # typed as the data; costs nothing once compiled
-        return tuple(a + alike for a in kernel(*weights, *data))
+        return tuple(a + alike for a in results)
 
     call = custom_vmap(run)
 

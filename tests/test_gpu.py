@@ -225,6 +225,21 @@ def test_what_a_kernel_cannot_do_is_refused_with_the_reason():
         jax.eval_shape(loss, params, jax.ShapeDtypeStruct((batch, T, INPUTS), x.dtype))
 
 
+def test_a_kernel_on_a_cpu_is_refused_with_the_way_out():
+    arrays, x, *_ = case(AFTER, 5, 2)
+    params = as_params(arrays, AFTER)
+    refused = partial(
+        pytest.raises, ValueError, match="runs on Hopper GPUs.*Pass implementation=None"
+    )
+    for function in (loss, jax.grad(loss)):
+        with refused():
+            function(params, x)
+        with refused():
+            jax.jit(function).lower(params, x)
+    with refused(), jax.disable_jit():
+        loss(params, x)
+
+
 def test_nothing_to_do_needs_no_kernel():
     params, x = shapes(5, 0, AFTER, "float32")
     assert kernels(loss, params, x) == kernels(loss, *shapes(5, 2, AFTER, "float32", steps=0)) == 0
@@ -274,6 +289,18 @@ def exact():
         on_the_cpu(),
         mock.patch.dict(_sequence.HALVES, {"float32": "float32"}),
         mock.patch.object(_gpu_backward, "OPERAND", "float32"),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def interpreted():
+    """Kernels that the interpreter of Pallas runs."""
+    here = lambda kernel, *arrays: kernel(*arrays)  # noqa: E731
+    with (
+        jax.disable_jit(),
+        plgpu.force_gpu_interpret_mode(),
+        mock.patch.object(_gpu, "elsewhere", here),
     ):
         yield
 
@@ -339,7 +366,7 @@ def test_a_state_that_16_bits_cannot_hold_gives_no_number_rather_than_a_wrong_on
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mode", MODES)
 def test_the_interpreter_of_pallas_agrees_with_the_loops(mode, dtype):
-    with jax.disable_jit(), plgpu.force_gpu_interpret_mode():
+    with interpreted():
         agrees(mode, 37, 3, 1e-2 if dtype == "bfloat16" else 1e-3, dtype=dtype, **RAGGED)
         agrees(mode, 64, 17, 1e-2 if dtype == "bfloat16" else 1e-3, dtype=dtype, reverse=True)
 
@@ -350,7 +377,7 @@ def test_mapped_kernels_and_both_directions_agree_with_the_scan():
     params = as_params(params, AFTER)
     more = jax.tree.map(lambda a: jnp.stack([a, a / 2, -a]), (params, x, h0))
     forward = gru_jax.nnx.BidirectionalGRULayer(5, input_size=3, rngs=nnx_rngs())
-    with jax.disable_jit(), plgpu.force_gpu_interpret_mode():
+    with interpreted():
         for axes in ((0, 0, 0), (None, 0, None), (0, None, None)):
             arrays = [
                 m if a == 0 else o for m, o, a in zip(more, (params, x, h0), axes, strict=True)

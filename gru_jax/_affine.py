@@ -91,7 +91,7 @@ def response(
     unsettled = jnp.any(b != b)  # False, typed like the outcome
     init = (jnp.int32(0), jnp.zeros_like(b), unsettled)
     _, d, settled = lax.while_loop(lambda now: (now[0] < MOST) & ~now[2], body, init)
-    return d, settled
+    return d, settled & jnp.all(jnp.isfinite(d))  # ∞ ≤ ∞ is no end
 
 
 def largest(a: jax.Array) -> jax.Array:

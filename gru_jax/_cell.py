@@ -19,6 +19,7 @@ from gru_jax._products import (
     Products,
     Three,
     cut,
+    dense,
     equations,
     in_bulk,
     in_loop,
@@ -148,8 +149,7 @@ def diagonal(eq: Equations, learn: Learnables, c: Coefficients) -> jax.Array:
     reset after:   z + c_r diag R_r + c_z diag R_z + c_n r diag R_h̃
     reset before:  z + c_z diag R_z + c_n (r diag R_h̃ + (R_h̃ ⊙ R_rᵀ) c_r)
     """
-    R = learn.R if learn.Q is None else times(learn.Q, learn.R, eq.precision)
-    R_r, R_z, R_n = cut(R, 3, 0)
+    R_r, R_z, R_n = cut(dense(eq, learn), 3, 0)
     r, z, n = (row(jnp.diagonal(R_g), c.z) for R_g in (R_r, R_z, R_n))
     if eq.reset_after:
         return c.z + c.c_r * r + c.c_z * z + c.c_n * c.r * n

@@ -29,8 +29,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
-from gru_jax import _activations
-from gru_jax._products import Equations, Learnables, times
+from gru_jax import _activations, _products
+from gru_jax._products import Equations, Learnables
 
 UNITS = 64  # of a block: the rows of one wgmma
 TILES = (16, 32)  # batch rows of a cluster
@@ -240,9 +240,8 @@ def flat(a: jax.Array, kept: int) -> jax.Array:
 
 
 def dense(eq: Equations, learn: Learnables) -> jax.Array:
-    """R as (3, H, H); with an output projector the product R Q_oᵀ."""
-    R = learn.R if learn.Q is None else times(learn.Q, learn.R, eq.precision)
-    return R.reshape(3, -1, R.shape[1])
+    """R_r, R_z, R_h̃ as (3, H, H); with an output projector the products R_g Q_oᵀ."""
+    return _products.dense(eq, learn).reshape(3, -1, learn.R.shape[0] // 3)
 
 
 def on_hopper() -> bool:

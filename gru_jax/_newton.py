@@ -35,10 +35,7 @@ from gru_jax._loop import Flags, Given, Loop
 from gru_jax._products import Learnables, Three
 
 PATIENCE = 4  # steps without progress after which a sequence is given up
-PROGRESS = {
-    "full": 0.5,
-    "diagonal": 0.95,
-}  # what is less than that many times the least step so far
+PROGRESS = {"full": 0.5, "diagonal": 0.95}  # is a step of less than that many times the least
 MOST = {"full": 32, "diagonal": 100}
 TOLERANCE = {"float32": 5e-7, "float64": 5e-13}
 
@@ -81,10 +78,10 @@ class Problem(NamedTuple):
 
 
 class Linearised(NamedTuple):
-    """The recurrence at a trajectory, all (*batch, T, H)."""
+    """The recurrence at a trajectory, all (*batch, T, H) but `noise`."""
 
     residual: jax.Array
-    noise: tuple[jax.Array, ...]  # e, for each of the two probes
+    noise: jax.Array  # e, for each of the two probes, (*batch, 2, T, H)
     rounding: jax.Array  # of the states themselves
     c: Coefficients
 
@@ -92,18 +89,18 @@ class Linearised(NamedTuple):
 class Outcome(NamedTuple):
     """Of a step of Newton's method."""
 
-    step: jax.Array  # d
-    probes: tuple[jax.Array, ...]  # p
+    step: jax.Array  # d, (*batch, T, H)
+    probes: jax.Array  # p, (*batch, 2, T, H)
     excess: jax.Array | float  # of the residual over e, at least 1
     settled: jax.Array | bool  # whether p is
 
 
 class Search(NamedTuple):
-    """Newton's method under way; beside `k`, `hs` and `probes` for each sequence."""
+    """Newton's method under way; all but `k` for each sequence."""
 
     k: jax.Array
     hs: jax.Array
-    probes: tuple[jax.Array, ...]
+    probes: jax.Array
     best: jax.Array  # the smallest step so far
     stalled: jax.Array  # steps since then
     active: jax.Array
@@ -125,39 +122,37 @@ def search(
     zero, zeros = jnp.sum(jnp.zeros_like(enter), -1), space(enter, given.x.shape[TIME], 0.0)
     infinite, count = zero + jnp.inf, zero.astype(jnp.int32)
     info = ParallelInfo(count, infinite, infinite, zero > 0)
-    first = Search(jnp.int32(0), zeros, (zeros, zeros), infinite, count, zero == 0, info)
+    probes = jnp.stack((zeros, zeros), -3)
+    first = Search(jnp.int32(0), zeros, probes, infinite, count, zero == 0, info)
     body = partial(_newton_step, _problem(loop, given, flags), newton.jacobian, tolerance)
     last = lax.while_loop(lambda now: (now.k < most) & jnp.any(now.active), body, first)
     return last.hs, last.info
 
 
 def _problem(loop: Loop, given: Given, flags: Flags) -> Problem:
-    eq, (R, Q), thirds = (
-        loop.equations,
-        (given.learn.R, given.learn.Q),
-        _products.thirds(given.learn),
-    )
-    R = R if Q is None else _products.times(Q, R, eq.precision)
+    eq, learn, thirds = loop.equations, given.learn, _products.thirds(given.learn)
     norms = lambda matrix: _products.cut(jnp.sqrt(jnp.sum(matrix**2, -1)), 3)  # noqa: E731
     most = jnp.max(jnp.abs(given.x), -1, keepdims=True)
     parts, sizes = [], []
-    every = zip(_products.input_parts(eq, thirds)(given.x), norms(given.learn.W), strict=True)
+    every = zip(_products.input_parts(eq, thirds)(given.x), norms(learn.W), strict=True)
     for part, norm in every:
         parts.append(where(flags.skip, 0.5, part))
         sizes.append(jnp.abs(part) + _products.row(norm, part) * most)
-    return Problem(loop, given, flags, thirds, tuple(parts), tuple(sizes), norms(R))
+    return Problem(
+        loop, given, flags, thirds, tuple(parts), tuple(sizes), norms(_products.dense(eq, learn))
+    )
 
 
 def _newton_step(problem: Problem, jacobian: str, tolerance: float, now: Search) -> Search:
     """A step for every sequence that is still active."""
     here = _linearised(problem, now.hs)
-    step = _full if jacobian == "full" else _diagonal
-    step, probes, excess, settled = step(problem, here, now.probes)
+    solved = _full if jacobian == "full" else _diagonal
+    step, probes, excess, settled = solved(problem, here, now.probes)
     bound = 2 * jnp.max(jnp.abs(here.residual + now.hs), (-2, -1), keepdims=True)
     hs = now.hs + jnp.where(jnp.isfinite(step), step, here.residual)
     hs = jnp.clip(hs, -bound, bound)  # no state is far beyond all f(h), and no wild step is lasting
     scale = jnp.maximum(1.0, jnp.abs(hs))
-    size, shaken = largest(step / scale), jnp.maximum(*(largest(p / scale) for p in probes))
+    size, shaken = largest(step / scale), largest(probes / jnp.expand_dims(scale, -3)).max(-1)
     error = jnp.maximum(size, shaken * excess)
     converged = (error <= tolerance) & settled
     better = size < PROGRESS[jacobian] * now.best
@@ -167,8 +162,8 @@ def _newton_step(problem: Problem, jacobian: str, tolerance: float, now: Search)
     best, going = jnp.minimum(now.best, size), ~(converged | hopeless)
 
     def chosen(new: jax.Array, old: jax.Array) -> jax.Array:
-        active = now.active if new.ndim < hs.ndim else jnp.expand_dims(now.active, (-2, -1))
-        return jnp.where(active, new, old)
+        more = tuple(range(now.active.ndim, new.ndim))
+        return jnp.where(jnp.expand_dims(now.active, more), new, old)
 
     new, old = (hs, probes, best, stalled, going, info), now[1:]
     return Search(now.k + 1, *jax.tree.map(chosen, new, old))
@@ -188,33 +183,44 @@ def _linearised(problem: Problem, hs: jax.Array) -> Linearised:
     added = (_products.row(norm, starts) * most for norm in norms)
     errors = [unit * (a + b) for a, b in zip(sizes, added, strict=True)]
     rounding = unit * jnp.maximum(1.0, jnp.abs(new))
-    signs, lasting = _signs(4, hs), _signs(3, hs[..., :1, :])
-    shaken = lambda signs: through(tuple(map(jnp.multiply, signs, errors)))  # noqa: E731
-    noise = (shaken(signs[:3]) + signs[3] * rounding, shaken(lasting) + jnp.sign(new) * rounding)
-    noise = tuple(where(skip, 0.0, e) for e in noise)
+    *signs, own = _signs(4, hs)
+    pairs = zip(errors, signs, _signs(3, hs[..., :1, :]), strict=True)
+    shaken = tuple(jnp.stack((a * error, b * error), -3) for error, a, b in pairs)
+    noise = jax.vmap(through, -3, -3)(shaken)
+    noise += jnp.stack((own * rounding, jnp.sign(new) * rounding), -3)
+    noise = where(None if skip is None else jnp.expand_dims(skip, -3), 0.0, noise)
     return Linearised(where(skip, before, new) - hs, noise, rounding, passing(skip, c))
 
 
-def _full(problem: Problem, here: Linearised, _: tuple) -> Outcome:
+def _full(problem: Problem, here: Linearised, _: jax.Array) -> Outcome:
     loop, given, flags = problem[:3]
     A = jacobians(loop, given.learn, here.c, flags.reset)
-    d = solve(A, jnp.stack((here.residual, *here.noise), -2), loop.reverse)
-    return Outcome(d[..., 0, :], (d[..., 1, :], d[..., 2, :]), 1.0, True)
+    d = solve(A, jnp.swapaxes(_joined(here.residual, here.noise), -3, -2), loop.reverse)
+    return Outcome(d[..., 0, :], jnp.swapaxes(d[..., 1:, :], -3, -2), 1.0, True)
 
 
-def _diagonal(problem: Problem, here: Linearised, probes: tuple) -> Outcome:
+def _diagonal(problem: Problem, here: Linearised, probes: jax.Array) -> Outcome:
     (loop, given, (_, reset), thirds), eq = problem[:4], problem.loop.equations
-    A = where(reset, 0.0, _cell.diagonal(eq, given.learn, here.c))
-    by, settled, moved = _products.in_bulk(eq, thirds), True, []
-    for e, p in zip(here.noise, probes, strict=True):
+    by = _products.in_bulk(eq, thirds)
+
+    def missing(e: jax.Array, p: jax.Array) -> jax.Array:
         before = where(reset, 0.0, shifted(jnp.zeros_like(given.enter), p, loop.reverse))
-        rest = _cell.linear_step(eq, by, here.c, before) + e - p
-        change = solve_diagonal(A, rest, loop.reverse)
-        moved.append(p + change)
-        settled &= largest(change) <= 1e-3 * largest(moved[-1])
-    expected = jnp.maximum(*map(jnp.abs, here.noise)) + here.rounding
+        return _cell.linear_step(eq, by, here.c, before) + e - p
+
+    A = where(reset, 0.0, _cell.diagonal(eq, given.learn, here.c))
+    b = _joined(here.residual, jax.vmap(missing, -3, -3)(here.noise, probes))
+    d = jax.vmap(partial(solve_diagonal, A, reverse=loop.reverse), -3, -3)(b)
+    changes = d[..., 1:, :, :]
+    probes = probes + changes
+    settled = jnp.all(largest(changes) <= 1e-3 * largest(probes), -1)
+    expected = jnp.max(jnp.abs(here.noise), -3) + here.rounding
     excess = jnp.maximum(1.0, largest(here.residual / expected))
-    return Outcome(solve_diagonal(A, here.residual, loop.reverse), tuple(moved), excess, settled)
+    return Outcome(d[..., 0, :, :], probes, excess, settled)
+
+
+def _joined(one: jax.Array, two: jax.Array) -> jax.Array:
+    """(*batch, T, H) and (*batch, 2, T, H) as (*batch, 3, T, H)."""
+    return jnp.concatenate((jnp.expand_dims(one, -3), two), -3)
 
 
 def _signs(number: int, like: jax.Array) -> jax.Array:

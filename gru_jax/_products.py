@@ -158,6 +158,11 @@ def project(eq: Equations, Q: jax.Array | None, v: jax.Array) -> jax.Array:
     return v if Q is None else times(Q, v, eq.precision, axis=0)
 
 
+def dense(eq: Equations, learn: Learnables) -> jax.Array:
+    """R, or R Q_oᵀ with an output projector: (3H, H); `learn` is whole."""
+    return learn.R if learn.Q is None else times(learn.Q, learn.R, eq.precision)
+
+
 def sum_of_transposed(eq: Equations, R: jax.Array, parts: tuple) -> jax.Array:
     """Σ_g R_gᵀ v_g as one product; R is (gates, H, P)."""
     v = jnp.stack(parts, axis=-2)

@@ -136,6 +136,20 @@ def product(pairs: list[tuple[Any, Any]], shape: tuple[int, int]) -> jax.Array:
     return pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
 
 
+def load(source: Any, place: Any, barrier: Any) -> None:
+    """Copies from the GPU's memory to shared memory, and waits."""
+    plgpu.copy_gmem_to_smem(source, place, barrier)
+    plgpu.barrier_wait(barrier)
+
+
+def write(value: jax.Array, staging: Any, place: Any) -> None:
+    """Starts copying a value to the GPU's memory, by way of shared memory."""
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    staging[...] = value
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(staging, place)
+
+
 def send(value: jax.Array, buffer: Any, row: Any, barrier: Any, blocks: int) -> None:
     """Starts writing 64 × N numbers to `buffer`, from `row` on, of all blocks of the cluster."""
     place = pl.ds(row, UNITS)
@@ -242,12 +256,3 @@ def flat(a: jax.Array, kept: int) -> jax.Array:
 def dense(eq: Equations, learn: Learnables) -> jax.Array:
     """R_r, R_z, R_h̃ as (3, H, H); with an output projector the products R_g Q_oᵀ."""
     return _products.dense(eq, learn).reshape(3, -1, learn.R.shape[0] // 3)
-
-
-def on_hopper() -> bool:
-    """Whether all CUDA devices at hand, one at least, are of the kind that the kernels are for."""
-    try:
-        devices = jax.devices("cuda")
-    except RuntimeError:
-        return False
-    return all(getattr(device, "compute_capability", "") == "9.0" for device in devices)

@@ -62,10 +62,6 @@ def kernel(
             row = gate * K + block * UNITS
             _gpu.send(value.astype(operand), e_s.at[slot], row, barrier, C)
 
-        def copy(source, place):
-            plgpu.copy_gmem_to_smem(source, place, once)
-            plgpu.barrier_wait(once)
-
         def time(i):
             return i if reverse else T - 1 - i
 
@@ -77,12 +73,6 @@ def kernel(
                 place = reset_s.at[slot, pl.ds(0, N)]
                 plgpu.copy_gmem_to_smem(flags, place, came.at[slot])
 
-        def write(value, place):
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            o_s[...] = value
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(o_s, place)
-
         def sum_of(slot, gates):
             at = [(pl.ds(g * UNITS, UNITS), pl.ds(g * K, K)) for g in gates]
             return _gpu.product([(R_s.at[own], e_s.at[slot, all_]) for own, all_ in at], rows)
@@ -90,13 +80,13 @@ def kernel(
         def after(slot, dh, place, z, *others):
             for g, coefficient in enumerate(others):
                 send(coefficient * dh, slot, g, sent.at[slot])
-            write(dh, place)
+            _gpu.write(dh, o_s, place)
             _gpu.receive(sent.at[slot], C)
             return z * dh + sum_of(slot, (0, 1, 2))
 
         def before(slot, dh, place, z, c_r, c_z, c_n, r):
             send(c_n * dh, 0, 2, sent_n)
-            write(dh, place)
+            _gpu.write(dh, o_s, place)
             _gpu.receive(sent_n, C)
             m = sum_of(0, (2,))
             send(c_r * m, 0, 0, sent.at[0])
@@ -104,8 +94,8 @@ def kernel(
             _gpu.receive(sent.at[0], C)
             return z * dh + r * m + sum_of(0, (0, 1))
 
-        copy(R.at[net, block], R_s)
-        copy(last.at[net, tile, block], o_s)
+        _gpu.load(R.at[net, block], R_s, once)
+        _gpu.load(last.at[net, tile, block], o_s, once)
         dh = o_s[...]
         plgpu.commit_smem()  # every warp has read, before a write to o_s
         fetch(jnp.int32(0))
@@ -129,8 +119,8 @@ def kernel(
             return dh, back
 
         dh, back = lax.fori_loop(0, T, step, (dh, dh - dh))
-        write(dh, d_enter.at[net, tile, block])
-        write(back, d_back.at[net, tile, block])
+        _gpu.write(dh, o_s, d_enter.at[net, tile, block])
+        _gpu.write(back, o_s, d_back.at[net, tile, block])
         plgpu.wait_smem_to_gmem(0)
 
     scratch = (

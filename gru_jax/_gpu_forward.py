@@ -51,12 +51,8 @@ def kernel(
     ):  # fmt: skip
         mine = block * UNITS
 
-        def copy(source, place):
-            plgpu.copy_gmem_to_smem(source, place, once)
-            plgpu.barrier_wait(once)
-
         def registers(source):
-            copy(source, y_s)
+            _gpu.load(source, y_s, once)
             value = y_s[...]
             plgpu.commit_smem()  # every warp has read, before the next copy overwrites
             return value
@@ -69,14 +65,8 @@ def kernel(
                 place = reset_s.at[slot, pl.ds(0, N)]
                 plgpu.copy_gmem_to_smem(flags, place, came.at[slot])
 
-        def write(value, place):
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            y_s[...] = value
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(y_s, place)
-
-        copy(R.at[net, block], R_s)
-        copy(h_all.at[net, tile], h_s.at[0])
+        _gpu.load(R.at[net, block], R_s, once)
+        _gpu.load(h_all.at[net, tile], h_s.at[0], once)
         b, h = registers(b_n.at[net, block]), registers(h_own.at[net, tile, block])
         start = registers(back.at[net, tile, block]) if resets else h
         fetch(jnp.int32(0))
@@ -110,13 +100,13 @@ def kernel(
                 )
             _gpu.send(enters.astype(operand), h_s.at[then], mine, sent.at[then], C)
             if sequence:
-                write(h, out.at[net, tile, T - 1 - i if reverse else i, block])
+                _gpu.write(h, y_s, out.at[net, tile, T - 1 - i if reverse else i, block])
             _gpu.receive(sent.at[then], C)
             return enters
 
         h = lax.fori_loop(0, T, step, h)
         if not sequence:
-            write(h, out.at[net, tile, block])
+            _gpu.write(h, y_s, out.at[net, tile, block])
         plgpu.wait_smem_to_gmem(0)
 
     scratch = (

@@ -83,3 +83,12 @@ def by_platform(run: Callable, loop: Loop, *args: Any) -> Any:
     if default == cuda:
         return run(default, *args)
     return lax.platform_dependent(*args, cuda=partial(run, cuda), default=partial(run, default))
+
+
+def on_hopper() -> bool:
+    """Whether the CUDA devices at hand, one at least, are all of the kind that kernels are for."""
+    try:
+        devices = jax.devices("cuda")
+    except RuntimeError:
+        return False
+    return all(getattr(device, "compute_capability", "") == "9.0" for device in devices)

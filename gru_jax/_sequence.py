@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from gru_jax import _arguments, _cell, _checks, _products
+from gru_jax import _arguments, _cell, _checks, _loop, _products
 from gru_jax._loop import Flags, Loop
 from gru_jax._newton import Newton, ParallelInfo, nothing_to_do
 from gru_jax._params import GRUParams
@@ -191,7 +191,7 @@ def _gru(
         x, reset = jnp.where(skip, 0.0, x), None if reset is None else reset & ~skip
     h0 = _typed(params, h0, lax.index_in_dim(x, 0, x.ndim - 2, keepdims=False), options.precision)
     back = h0 if back is None else back.astype(dtype)
-    loop = _loop(options, params, result, (*x.shape[:-1], H))
+    loop = _settled(options, params, result, (*x.shape[:-1], H))
     flags, info = Flags(skip, reset), None
     if in_parallel:
         loop, given = given_to(loop, params, x, h0, back)
@@ -213,7 +213,7 @@ def within(lengths: jax.Array, shape: tuple) -> jax.Array:
     return lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1) < lengths[..., None]
 
 
-def _loop(options: Options, params: GRUParams, result: Any, shape: tuple) -> Loop:
+def _settled(options: Options, params: GRUParams, result: Any, shape: tuple) -> Loop:
     """How to run the loop for states of such a shape, (*batch, T, H)."""
     eq = _products.equations(params, options.precision)
     half = HALVES.get(jnp.dtype(result).name)
@@ -223,9 +223,7 @@ def _loop(options: Options, params: GRUParams, result: Any, shape: tuple) -> Loo
 
         _gpu_forward.check(eq, half, options.unroll, shape)
     elif options.implementation is None and (half, *shape) in MEASURED:
-        from gru_jax import _gpu
-
-        kernel = None if _gpu.on_hopper() else False
+        kernel = None if _loop.on_hopper() else False
     sequence, keep = options.output_mode == "sequence", options.checkpoint != 1
     return Loop(eq, options.reverse, options.unroll, sequence, keep, half, kernel)
 

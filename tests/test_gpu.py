@@ -23,7 +23,7 @@ from reference import MODES, gru_ref, gru_ref_grads
 import gru_jax
 import gru_jax.linen
 import gru_jax.nnx
-from gru_jax import _gpu, _gpu_backward, _gpu_forward, _sequence
+from gru_jax import _gpu, _gpu_backward, _gpu_forward, _loop, _sequence
 
 AFTER, BEFORE, WITH_BIAS = MODES
 DTYPES = ("float32", "float16", "bfloat16")
@@ -185,7 +185,7 @@ def test_only_what_was_measured_is_chosen():
     with mock.patch.object(_sequence, "MEASURED", measured):
         assert kernels(grad, params, x) == 0  # there is no Hopper GPU here
         jax.clear_caches()
-        with mock.patch.object(_gpu, "on_hopper", return_value=True):
+        with mock.patch.object(_loop, "on_hopper", return_value=True):
             assert kernels(grad, params, x) == 2
             assert kernels(grad, params, x, platform="cpu") == 0
             assert kernels(grad, *shapes(64, 5, AFTER, "float32")) == 0
@@ -194,7 +194,7 @@ def test_only_what_was_measured_is_chosen():
 
 
 def test_hopper_is_recognised():
-    assert not _gpu.on_hopper()
+    assert not _loop.on_hopper()
     device = lambda capability: mock.Mock(compute_capability=capability)  # noqa: E731
     for capabilities, hopper in (
         (["9.0", "9.0"], True),
@@ -202,7 +202,7 @@ def test_hopper_is_recognised():
         (["10.0"], False),
     ):
         with mock.patch.object(jax, "devices", return_value=list(map(device, capabilities))):
-            assert _gpu.on_hopper() is hopper
+            assert _loop.on_hopper() is hopper
 
 
 def test_what_a_kernel_cannot_do_is_refused_with_the_reason():

@@ -118,10 +118,7 @@ def in_range(a: jax.Array, operand: str) -> jax.Array:
 def shared(shape: tuple[int, ...], dtype: Any, N: int) -> Any:
     """Shared memory tiled as wgmma and TMA want it: alike for all that meets in one product."""
     dtype = jnp.dtype(dtype)
-    transforms = (
-        plgpu.TilingTransform((8, N)),
-        plgpu.SwizzleTransform(N * dtype.itemsize),
-    )
+    transforms = plgpu.TilingTransform((8, N)), plgpu.SwizzleTransform(N * dtype.itemsize)
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
@@ -140,6 +137,14 @@ def load(source: Any, place: Any, barrier: Any) -> None:
     """Copies from the GPU's memory to shared memory, and waits."""
     plgpu.copy_gmem_to_smem(source, place, barrier)
     plgpu.barrier_wait(barrier)
+
+
+def registers(source: Any, staging: Any, barrier: Any) -> jax.Array:
+    """A value from the GPU's memory, by way of shared memory that may be overwritten at once."""
+    load(source, staging, barrier)
+    value = staging[...]
+    plgpu.commit_smem()  # every warp has read
+    return value
 
 
 def write(value: jax.Array, staging: Any, place: Any) -> None:

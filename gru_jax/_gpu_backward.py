@@ -95,9 +95,7 @@ def kernel(
             return z * dh + r * m + sum_of(0, (0, 1))
 
         _gpu.load(R.at[net, block], R_s, once)
-        _gpu.load(last.at[net, tile, block], o_s, once)
-        dh = o_s[...]
-        plgpu.commit_smem()  # every warp has read, before a write to o_s
+        dh = _gpu.registers(last.at[net, tile, block], o_s, once)
         fetch(jnp.int32(0))
 
         def step(i, carry):

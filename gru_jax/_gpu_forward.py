@@ -52,10 +52,7 @@ def kernel(
         mine = block * UNITS
 
         def registers(source):
-            _gpu.load(source, y_s, once)
-            value = y_s[...]
-            plgpu.commit_smem()  # every warp has read, before the next copy overwrites
-            return value
+            return _gpu.registers(source, y_s, once)
 
         def fetch(i):
             slot, t = lax.rem(i, jnp.int32(2)), T - 1 - i if reverse else i

@@ -1,10 +1,12 @@
 """Checks of option values. Every message says what was expected, what came and what to do."""
 
 import functools
+import importlib
 import math
 import operator
 import sys
 from collections.abc import Callable, Collection
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -202,3 +204,14 @@ def promote(*dtypes: Any) -> jnp.dtype:
     """The common dtype of mixed arguments, also where JAX is set to refuse implicit promotion."""
     with jax.numpy_dtype_promotion("standard"):
         return jnp.result_type(*dtypes)
+
+
+def package(name: str, extra: str, need: str) -> ModuleType:
+    """Returns a package or module that `need`, and the extra that brings it."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        package = name.partition(".")[0]
+        raise ModuleNotFoundError(
+            f'{need} the package {package}: pip install "gru_jax[{extra}]".', name=package
+        ) from error

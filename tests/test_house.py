@@ -112,6 +112,8 @@ def imports(tree):
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "imports are absolute"
             names += [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "_checks.package":
+            names.append(ast.literal_eval(node.args[0]))
     return names
 
 

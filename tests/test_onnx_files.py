@@ -2,6 +2,7 @@
 
 import itertools
 import pickle
+import sys
 import tracemalloc
 
 import ml_dtypes
@@ -502,6 +503,17 @@ def test_other_files(data, tmp_path):
     for source in (data, path):
         with pytest.raises(ValueError, match="model must"):
             convert.from_onnx(source)
+
+
+def test_without_onnx(monkeypatch):
+    params = gru_params(0, 4, 3, MODES[0])
+    model = convert.to_onnx(params).SerializeToString()
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    calls = (lambda: convert.to_onnx(params), lambda: convert.from_onnx(model),
+             lambda: convert.read_onnx(model))  # fmt: skip
+    for call in calls:
+        with pytest.raises(ModuleNotFoundError, match=r'onnx: pip install "gru_jax\[onnx\]"'):
+            call()
 
 
 def test_what_is_no_model():

@@ -3,10 +3,12 @@
 import io
 from collections.abc import Mapping
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 
+from gru_jax import _checks
 from gru_jax.convert._files import ContentError, Foreign, Lazy
 
 HEADER = b"MATLAB 7.3 MAT-file, Platform: any, Created by: gru_jax HDF5 schema 1.00 ."
@@ -36,15 +38,9 @@ def _value(group: Any, name: str) -> Any:
     return _text(matrix) if kind == "char" else matrix
 
 
-def package() -> Any:
+def package() -> ModuleType:
     """Returns h5py."""
-    try:
-        import h5py
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError(
-            'h5py, which v7.3 needs, is not installed: pip install "gru_jax[matlab]".'
-        ) from None
-    return h5py
+    return _checks.package("h5py", "matlab", "MAT files of v7.3 need")
 
 
 def _kind(item: Any) -> str:

@@ -69,7 +69,7 @@ def from_matlab(
         shapes or options do not fit.
       TypeError: it is neither a path nor a mapping.
       FileNotFoundError: there is no such file.
-      ModuleNotFoundError: h5py, which v7.3 needs, is not installed.
+      ModuleNotFoundError: the package h5py, which v7.3 needs, is missing.
 
     References:
       https://www.mathworks.com/help/deeplearning/ref/nnet.cnn.layer.grulayer.html
@@ -125,7 +125,7 @@ def to_matlab(
     Raises:
       TypeError: the file would need float16 or bfloat16, which MATLAB does not have.
       ValueError: shapes do not fit, an activation function is no name, or the version is unknown.
-      ModuleNotFoundError: h5py, which v7.3 needs, is not installed.
+      ModuleNotFoundError: the package h5py, which v7.3 needs, is missing.
 
     Example:
       >>> import jax, gru_jax

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from gru_jax import _checks
 from gru_jax.convert._arrays import BFLOAT16, FLOATS
 
 if TYPE_CHECKING:
@@ -31,13 +32,7 @@ _EXTERNAL = 1  # onnx.TensorProto.DataLocation
 
 def load_onnx() -> ModuleType:
     """Returns the package onnx."""
-    try:
-        import onnx
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            'ONNX models need the package onnx: pip install "gru_jax[onnx]".', name="onnx"
-        ) from error
-    return onnx
+    return _checks.package("onnx", "onnx", "ONNX models need")
 
 
 def to_tensor(name: str, a: np.ndarray) -> "onnx.TensorProto":

@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from gru_jax import _arguments
+from gru_jax import _arguments, _checks
 from gru_jax._params import LEAF_NAMES, OPTION_CHECKS, GRUParams
 from gru_jax.convert import _arrays, _files
 
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": _arrays.BFLOAT16}
+NEEDED_BY = "safetensors files need"
 
 
 def to_safetensors(
@@ -32,7 +33,7 @@ def to_safetensors(
     Raises:
       ValueError: shapes do not fit, or an activation function is no name.
       TypeError: a leaf is no array of floating-point numbers.
-      ModuleNotFoundError: safetensors is not installed.
+      ModuleNotFoundError: the package safetensors is missing.
 
     References:
       https://huggingface.co/docs/safetensors
@@ -47,7 +48,7 @@ def to_safetensors(
     _arguments.sizes_of(params)
     options = _files.names_of_options(params)
     arrays = {name: _arrays.array(name, value) for name, value in params.arrays().items()}
-    data = _package().numpy.save(
+    data = _checks.package("safetensors.numpy", "safetensors", NEEDED_BY).save(
         {prefix + name: np.ascontiguousarray(value) for name, value in arrays.items()},
         {prefix + option: value for option, value in options.items()},
     )
@@ -87,7 +88,7 @@ def from_safetensors(
       ValueError: the content is no safetensors file, is cut off, lacks an array, has others or
         ones of wrong types or shapes, or its metadata contradict an argument.
       FileNotFoundError: there is no such file.
-      ModuleNotFoundError: safetensors is not installed.
+      ModuleNotFoundError: the package safetensors is missing.
 
     Example:
       >>> import jax, gru_jax
@@ -122,20 +123,9 @@ def from_safetensors(
         return _files.assemble(arrays, saved, asked)
 
 
-def _package() -> Any:
-    """Returns safetensors, with its part for NumPy."""
-    try:
-        import safetensors.numpy
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError(
-            'safetensors is not installed: pip install "gru_jax[safetensors]".'
-        ) from None
-    return safetensors
-
-
 def _parse(data: bytes) -> tuple[dict[str, dict], dict[str, str]]:
     """Returns what the file says of each array, bytes included, and its metadata."""
-    safetensors = _package()
+    safetensors = _checks.package("safetensors", "safetensors", NEEDED_BY)
     with _files.parsing("a safetensors file"):
         stored = dict(safetensors.deserialize(data))
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])

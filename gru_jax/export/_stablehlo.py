@@ -63,7 +63,7 @@ def to_stablehlo(
       TypeError: `params` are no `GRUParams` of floating-point arrays.
       ValueError: shapes do not fit, an option is unknown, a mesh is set, or the parameters are
         float64 and JAX is not in its 64-bit mode.
-      ImportError: flatbuffers is not installed.
+      ModuleNotFoundError: the package flatbuffers is missing.
 
     References:
       https://docs.jax.dev/en/latest/export/export.html
@@ -77,7 +77,7 @@ def to_stablehlo(
       >>> y.shape, hidden.shape, run.platforms
       ((2, 7, 100), (2, 100), ('cpu', 'cuda', 'tpu'))
     """
-    _need_flatbuffers()
+    _checks.package("flatbuffers", "export", "StableHLO artefacts need")
     sizes = _arguments.sizes_of(params)
     arrays = {name: _arrays.array(name, value) for name, value in params.arrays().items()}
     for array in arrays.values():
@@ -122,7 +122,7 @@ def from_stablehlo(data: bytes) -> Program:
     Raises:
       TypeError: `data` are no bytes.
       ValueError: they are no artefact of `to_stablehlo`, damaged, or of another time's JAX.
-      ImportError: flatbuffers is not installed.
+      ModuleNotFoundError: the package flatbuffers is missing.
 
     Example:
       >>> import jax, gru_jax
@@ -132,7 +132,7 @@ def from_stablehlo(data: bytes) -> Program:
       Program(input_size=12, num_hidden_units=100, dtype=float32, gradient=True, lengths=False, \
 platforms=('cpu', 'cuda', 'tpu'))
     """
-    _need_flatbuffers()
+    _checks.package("flatbuffers", "export", "StableHLO artefacts need")
     payload = _unsealed(data)
     try:
         exported = jax_export.deserialize(bytearray(payload))
@@ -170,16 +170,6 @@ def _unsealed(data: Any) -> bytes:
             "data is damaged: its checksum differs. Copy the artefact again, as a binary file."
         )
     return payload
-
-
-def _need_flatbuffers() -> None:
-    """Raises where the package is missing that artefacts are written and read with."""
-    try:
-        import flatbuffers  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            'StableHLO artefacts need flatbuffers: pip install "gru_jax[export]".'
-        ) from error
 
 
 def _checked_platforms(platforms: Any) -> tuple[str, ...]:

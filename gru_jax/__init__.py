@@ -16,6 +16,7 @@ from gru_jax._options import LayerOptions as LayerOptions
 from gru_jax._parallel import gru_parallel as gru_parallel
 from gru_jax._params import GRUParams as GRUParams
 from gru_jax._params import num_learnables as num_learnables
+from gru_jax._params_of import params_of as params_of
 from gru_jax._sequence import gru as gru
 
 
@@ -37,4 +38,5 @@ __all__ = [
     "gru_parallel",
     "init_params",
     "num_learnables",
+    "params_of",
 ]

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gru_jax import _products
+from gru_jax import _checks, _products
 from gru_jax._moments import Moments
 from gru_jax._params import GRUParams
 from gru_jax._sequence import Options, run
@@ -108,7 +108,7 @@ def analyse(
     key: Any = None,
 ) -> NeuronPCA:
     """Returns the analysis of one batch; `last`: only the last state is an output."""
-    how = Options("sequence", reverse, 1, None, None, None)
+    how = Options("sequence", _checks.flag("reverse", reverse), 1, None, None, None)
     y, _ = run(how, params, x, h0, back, lengths, mask, resets)
     kept = _kept(y.shape[:-1], lengths, mask)
     start = jnp.zeros(y.shape[-1], y.dtype) if h0 is None else h0

@@ -15,7 +15,8 @@ def sizes_of(params: GRUParams) -> Sizes:
     if not isinstance(params, GRUParams):
         raise TypeError(
             f"params must be a gru_jax.GRUParams, got {type(params).__name__}. A dict of leaves "
-            "becomes one with GRUParams(**leaves, reset_gate_mode=...)."
+            "becomes one with GRUParams(**leaves, reset_gate_mode=...), a layer with "
+            "gru_jax.params_of(layer, leaves), which knows its mode and activation functions."
         )
     for name, value in params.arrays().items():
         _check_array(name, value, 1 if name == "bias" else 2)
@@ -47,6 +48,7 @@ def sizes_of(params: GRUParams) -> Sizes:
 def _check_array(name: str, value: Any, ndim: int) -> None:
     if not hasattr(value, "shape") or not hasattr(value, "dtype"):
         raise TypeError(f"{name} must be an array, got {type(value).__name__}.")
+    _refuse_masked(name, value)
     _checks.real_dtype(name, value.dtype)
     if len(value.shape) != ndim:
         raise ValueError(
@@ -83,6 +85,9 @@ def _layout_hint(shape: tuple, input_size: int) -> str:
 
 def as_floating(name: str, value: Any) -> jax.Array:
     """Returns `value` as a JAX array of a floating-point type."""
+    _refuse_masked(name, value)
+    if hasattr(value, "dtype"):
+        _checks.real_dtype(name, value.dtype)
     try:
         array = value if isinstance(value, jax.Array) else jnp.asarray(value)
     except (TypeError, ValueError):
@@ -91,6 +96,14 @@ def as_floating(name: str, value: Any) -> jax.Array:
         ) from None
     _checks.real_dtype(name, array.dtype)
     return array
+
+
+def _refuse_masked(name: str, value: Any) -> None:
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(
+            f"{name} must be a plain array, got a masked one: fill it, and pass steps to skip as "
+            "mask=."
+        )
 
 
 def check_state(name: str, h: Any, batch: tuple, num_hidden_units: int) -> jax.Array:
@@ -126,12 +139,14 @@ def check_lengths(lengths: Any, mask: Any, shape: tuple) -> jax.Array | None:
         return None
     if mask is not None:
         raise ValueError("lengths and mask exclude each other; got both. Fold one into the other.")
+    _refuse_masked("lengths", lengths)
     if not isinstance(lengths, jax.Array):
         try:
             lengths = np.asarray(lengths)
         except ValueError:
             raise TypeError(f"lengths must be integers, got {lengths!r}.") from None
         lengths = lengths if lengths.size else lengths.astype(np.int32)  # [] is float64
+        lengths = lengths.astype(lengths.dtype.newbyteorder("="))
     if not jnp.issubdtype(lengths.dtype, jnp.integer):
         raise TypeError(f"lengths must be integers, got {lengths.dtype}.")
     if lengths.shape != shape[:-1]:

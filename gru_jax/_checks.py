@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+FLOATS = tuple(map(jnp.dtype, ("bfloat16", "float16", "float32", "float64")))
+
 
 def choice(option: str, value: Any, names: Collection[str], *, or_callable: bool = False) -> Any:
     """Returns the name in `names` that `value` means, hyphens optional; or the callable itself."""
@@ -114,16 +116,21 @@ def factor(option: str, value: Any, *, per_gate: bool) -> float | tuple[float, .
         else "; a projector serves all three gates, so it takes no triple"
     )
     try:
-        numbers = tuple(float(v) for v in value) if np.ndim(value) else float(value)
+        numbers = _real(value)
     except (TypeError, ValueError):
         raise TypeError(f"{option} must be {allowed}, got {value!r}.") from None
-    triple = numbers if isinstance(numbers, tuple) else (numbers,)
-    wrong_length = isinstance(numbers, tuple) and (not per_gate or len(numbers) != 3)
-    if isinstance(value, str | bool) or wrong_length:
+    shapes = ((), (3,), (1, 3), (3, 1)) if per_gate else ((),)
+    if numbers.shape not in shapes or not (np.isfinite(numbers) & (numbers >= 0)).all():
         raise ValueError(f"{option} must be {allowed}, got {value!r}.")
-    if not all(math.isfinite(number) and number >= 0 for number in triple):
-        raise ValueError(f"{option} must be {allowed}, got {value!r}.")
-    return numbers
+    return tuple(numbers.ravel().tolist()) if numbers.ndim else float(numbers)
+
+
+def _real(value: Any) -> np.ndarray:
+    """The value as an array of float64; texts, booleans and complex numbers are none."""
+    array = np.asarray(value)
+    if not any(jnp.issubdtype(array.dtype, kind) for kind in (jnp.integer, jnp.floating)):
+        raise TypeError
+    return array.astype(np.float64)
 
 
 def number(
@@ -135,12 +142,20 @@ def number(
     bound = f" of at most {most:g}" if most < sys.float_info.max else ""
     expected = f"{option} must be a {'positive' if positive else 'nonnegative'} number{bound}"
     try:
-        result = float("text" if isinstance(value, str | bool) else value)
+        array = _real(value)
+        result = math.nan if array.ndim else float(array)
     except (TypeError, ValueError):
         raise TypeError(f"{expected}, got {value!r}.") from None
     if not 0 <= result <= most or (positive and result == 0):
         raise ValueError(f"{expected}, got {value!r}.")
     return result
+
+
+def static_number(option: str, value: Any) -> float:
+    """Returns a positive number that a compiled program is made for."""
+    if isinstance(value, jax.core.Tracer):
+        raise TypeError(f"{option} must be a number that is known when tracing, got {value}.")
+    return number(option, value, positive=True)
 
 
 def rate(option: str, value: Any) -> Any:
@@ -149,29 +164,39 @@ def rate(option: str, value: Any) -> Any:
 
 
 def real_dtype(option: str, dtype: Any) -> jnp.dtype:
-    """Returns `dtype` as a NumPy dtype if it is a real floating-point type."""
+    """Returns `dtype` as a NumPy dtype if it is one of `FLOATS`, in the machine's byte order."""
     try:
         dtype = jnp.dtype(dtype)
     except TypeError:
         raise TypeError(f"{option} must be a floating-point type, got {dtype!r}.") from None
-    if not jnp.issubdtype(dtype, jnp.floating):
-        hint = f"convert it with .astype({jnp.dtype(jnp.float32).name!r})"
-        raise TypeError(f"{option} must be of a floating-point type, got {dtype.name}; {hint}.")
+    if dtype not in FLOATS:
+        odd = ", in which JAX does not compute" if jnp.issubdtype(dtype, jnp.floating) else ""
+        hint = "" if dtype.kind == "c" else "; convert it with .astype('float32')"
+        raise TypeError(f"{option} must be of a floating-point type, got {dtype}{odd}{hint}.")
     return dtype
 
 
 def initial_state(value: Any, num_hidden_units: int) -> tuple[float, ...] | None:
     """Returns `hidden_state` as a tuple of H floats, or None where it is empty."""
-    if value is None or (np.ndim(value) == 1 and len(value) == 0):
+    if value is None:
         return None
-    expected = f"hidden_state must be {num_hidden_units} finite numbers (num_hidden_units)"
+    H = num_hidden_units
+    expected = f"hidden_state must be {H} finite numbers (num_hidden_units)"
     try:
-        numbers = tuple(float(v) for v in value)
+        numbers = _real(value)
     except (TypeError, ValueError):
         raise TypeError(f"{expected}, got {value!r}.") from None
-    if len(numbers) != num_hidden_units or not all(map(math.isfinite, numbers)):
-        raise ValueError(f"{expected}, got {len(numbers)}: {value!r}.")
-    return numbers
+    if numbers.shape == (0,):
+        return None
+    if numbers.shape not in ((H,), (H, 1), (1, H)) or not np.isfinite(numbers).all():
+        raise ValueError(f"{expected}, got {value!r} of shape {numbers.shape}.")
+    return tuple(numbers.ravel().tolist())
+
+
+def made_by(maker: str, name: str, value: Any, kind: type) -> None:
+    """Refuses what is none of the records that a function of this library makes."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must come from {maker}, got {type(value).__name__}.")
 
 
 def metadata(option: str, value: Any) -> tuple | None:

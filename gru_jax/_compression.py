@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from gru_jax import _checks
 from gru_jax._activity import NeuronPCA, check_enough, fold
 from gru_jax._arguments import sizes_of
 from gru_jax._models import Path
@@ -83,7 +84,8 @@ def project_model(
     Args:
       model: a linen or nnx module.
       params: its parameters, of linen `variables["params"]`; None in nnx.
-      pca: of `neuron_pca_of`; layers that are left out of it stay as they are.
+      pca: of `neuron_pca_of`, or such analyses by path, a tuple or "a/b" as a string; layers that
+        are left out of it stay as they are.
       explained_variance_goal: see `project`; one goal for all layers.
       learnables_reduction_goal: see `project`; of all learnables of the model.
       input_projector_size: see `project`; of every layer.
@@ -112,11 +114,15 @@ def project_model(
     """
     if not isinstance(pca, Mapping):
         raise TypeError(f"pca must come from neuron_pca_of, got {type(pca).__name__}.")
+    pca = {tuple(p.split("/")) if isinstance(p, str) else p: part for p, part in pca.items()}
+    for part in pca.values():
+        _checks.made_by("neuron_pca_of or neuron_pca", "pca", part, NeuronPCA)
     modes = {path: part.reset_gate_mode for path, part in pca.items()}
     known = learnables_of(model, params, modes)
     missing = ["/".join(path) for path in pca if path not in known]
     if missing:
-        raise ValueError(f"pca must be of this model, which has no GRU layer at {missing}.")
+        hint = "; params must be variables['params']" if "params" in (params or ()) else ""
+        raise ValueError(f"pca must be of this model, which has no GRU layer at {missing}{hint}.")
     plan = Plan(
         {path: (known[path], part) for path, part in pca.items()},
         count_learnables(model, params),

@@ -158,6 +158,11 @@ def as_params(options: CellOptions, leaves: Mapping[str, Any]) -> GRUParams:
     """The leaves as `GRUParams`, in the layer's `dtype` if any."""
     if options.dtype is not None:
         leaves = {name: jnp.asarray(leaf, options.dtype) for name, leaf in leaves.items()}
+    return assembled(options, leaves)
+
+
+def assembled(options: CellOptions, leaves: Mapping[str, Any]) -> GRUParams:
+    """The leaves as they are, with the options that `GRUParams` hold."""
     arrays: dict[str, Any] = {name: leaves.get(name) for name in LEAF_NAMES}
     params = GRUParams(**arrays, **{name: getattr(options, name) for name in OPTION_CHECKS})
     sizes = _arguments.sizes_of(params)

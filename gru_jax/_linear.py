@@ -121,11 +121,13 @@ def _transpose(cotangents: list, *arrays: Any, call: _Call) -> list:
 
 
 def _batch(arrays: tuple, axes: tuple, *, call: _Call) -> tuple[list, list]:
-    size = next(a.shape[i] for a, i in zip(arrays, axes, strict=True) if i is not None)
+    mapped, axis = next(pair for pair in zip(arrays, axes, strict=True) if pair[1] is not None)
     known, operand = _cut(call, arrays)
     known_axes, operand_axes = _cut(call, axes)
+    # Broadcast as vmap would: in an explicit mesh the new axis is sharded as the mapped one is.
+    broadcast = jax.vmap(lambda _, a: a, in_axes=(axis, None))
     operand = (
-        jnp.broadcast_to(a, (size, *a.shape)) if i is None else jnp.moveaxis(a, i, 0)
+        broadcast(mapped, a) if i is None else jnp.moveaxis(a, i, 0)
         for a, i in zip(operand, operand_axes, strict=True)
     )
     call = call._replace(batch=(*call.batch, known_axes), types=None)

@@ -241,7 +241,7 @@ def _check_owned(shapes: dict[Path, tuple[int, ...]], layers: dict[Path, Layer])
             raise ValueError(
                 f"the parameters at {'/'.join(path)!r} look like those of a GRU, but no layer of "
                 "this model owns them. Without a model, give GRUParams, not a dict; in linen, the "
-                "layer must be called by model.init."
+                "layer must be called by model.init; behind flax.nnx.bridge it is not seen."
             )
     for path, layer in layers.items():
         for name in PER_GATE:

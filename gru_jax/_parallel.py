@@ -100,7 +100,7 @@ def gru_parallel(
     """
     newton = Newton(
         _checks.choice("jacobian", jacobian, ("full", "diagonal")),
-        None if tolerance is None else _checks.number("tolerance", tolerance, positive=True),
+        None if tolerance is None else _checks.static_number("tolerance", tolerance),
         _checks.size("max_iterations", max_iterations, None),
     )
     options = Options(output_mode, reverse, None, None, precision, "parallel")

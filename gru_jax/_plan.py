@@ -19,7 +19,7 @@ from gru_jax._subspaces import (
     fit,
     operations,
     project_to,
-)
+)  # fmt: skip
 
 Fixed = dict[Side, int | None]
 
@@ -210,8 +210,7 @@ def _fixed(options: Mapping[str, Any], layers: Mapping[Path, Sizes]) -> Fixed:
 def _checked(path: Path, params: GRUParams, pca: NeuronPCA) -> Sizes:
     """Returns the sizes of a layer that can be projected and that its analysis fits."""
     name = f"the layer at {'/'.join(path)!r}" if path else "params"
-    if not isinstance(pca, NeuronPCA):
-        raise TypeError(f"pca must come from neuron_pca, got {type(pca).__name__}.")
+    _checks.made_by("neuron_pca", "pca", pca, NeuronPCA)
     sizes = _arguments.sizes_of(params)
     if any(side.size(sizes) for side in SIDES):
         raise ValueError(f"{name} must be dense, but has projectors: unproject it first.")
@@ -246,6 +245,7 @@ def summary(info: ProjectionInfo) -> str:
       layer  P_i  P_o      learnables  reduction      operations  variance
       GRU      9   25  33900 -> 13108      61.3%  67200 -> 25616     ...
     """
+    _checks.made_by("project or project_model", "info", info, ProjectionInfo)
     head = ["layer", "P_i", "P_o", "learnables", "reduction", "operations", "variance"]
     rows = [head]
     for layer in info.layers:

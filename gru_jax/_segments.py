@@ -22,7 +22,7 @@ def segments(
 ) -> Results:  # fmt: skip
     """Runs all time in one piece, or in pieces whose inner states the backward pass recomputes."""
     piece = partial(_piece, loop, params)
-    if checkpoint in (None, 1):
+    if checkpoint in (None, 1) or 0 in h.shape:
         return piece(x, h, back, flags)
 
     T, reverse = x.shape[TIME], loop.reverse

@@ -189,7 +189,10 @@ def _gru(
     reset = None if resets is None else resets[..., None]
     if skip is not None:
         x, reset = jnp.where(skip, 0.0, x), None if reset is None else reset & ~skip
-    h0 = _typed(params, h0, lax.index_in_dim(x, 0, x.ndim - 2, keepdims=False), options.precision)
+    first = lax.index_in_dim(x, 0, x.ndim - 2, keepdims=False)
+    h0 = _typed(params, h0, first, options.precision)
+    if reset is not None:  # inside shard_map they may vary where nothing else does
+        h0 = jnp.where(lax.index_in_dim(reset, 0, x.ndim - 2, keepdims=False), h0, h0)
     back = h0 if back is None else back.astype(dtype)
     loop = _settled(options, params, result, (*x.shape[:-1], H))
     flags, info = Flags(skip, reset), None

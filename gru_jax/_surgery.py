@@ -13,6 +13,7 @@ from gru_jax._activity import NeuronPCA, analyse
 from gru_jax._models import LEAF, PER_GATE, Path, new_look, path_of
 from gru_jax._options import CellOptions, LayerOptions
 from gru_jax._params import AFTER, LEAF_NAMES, RECURRENT_BIAS, GRUParams, num_learnables
+from gru_jax._params_of import params_of
 from gru_jax._watch import Call, watch
 
 
@@ -83,7 +84,7 @@ def learnables_of(model: Any, params: Any, modes: Mapping[Path, str]) -> dict[Pa
     """Returns the parameters of all GRUs of a model, by path; linen does not know their modes."""
     if isinstance(model, nnx.Module):
         return {
-            path: GRUParams(**layer.known_leaves(), reset_gate_mode=layer.reset_gate_mode)
+            path: params_of(layer)
             for path, layer in _modules(model).items()
             if isinstance(layer, CellOptions) and hasattr(layer, "set_learnables")
         }

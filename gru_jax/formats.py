@@ -35,7 +35,8 @@ def check(data_format: str) -> str:
       ValueError: it is empty, holds another letter, or repeats C, B or T.
 
     Example:
-      >>> check("SSCBT")
+      >>> from gru_jax import formats
+      >>> formats.check("SSCBT")
       'SSCBT'
     """
     if not isinstance(data_format, str):
@@ -73,8 +74,9 @@ def output_format(data_format: str, output_mode: str = "sequence") -> str:
       ValueError: an argument is none of the valid ones.
 
     Example:
-      >>> output_format("SSCBT", "last"), output_format("BT"), output_format("BTC")
-      ('CB', 'CBT', 'BTC')
+      >>> from gru_jax import formats
+      >>> [formats.output_format(*how) for how in (("SSCBT", "last"), ("BT",), ("BTC",))]
+      ['CB', 'CBT', 'BTC']
     """
     check(data_format)
     _checks.output_mode("output_mode", output_mode)
@@ -100,7 +102,8 @@ def to_core(x: jax.Array, data_format: str) -> jax.Array:
 
     Example:
       >>> import jax.numpy as jnp
-      >>> to_core(jnp.ones((12, 32, 50)), "CBT").shape
+      >>> from gru_jax import formats
+      >>> formats.to_core(jnp.ones((12, 32, 50)), "CBT").shape
       (32, 50, 12)
     """
     if data_format == "BTC":
@@ -132,14 +135,15 @@ def from_core(y: jax.Array, data_format: str, output_mode: str = "sequence") -> 
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from_core(jnp.ones((32, 50, 100)), "CBT").shape
+      >>> from gru_jax import formats
+      >>> formats.from_core(jnp.ones((32, 50, 100)), "CBT").shape
       (100, 32, 50)
     """
+    target = output_format(data_format, output_mode)
     if data_format == "BTC":
         return y
     if output_mode == "sequence" and "T" not in data_format:
         y = jnp.squeeze(y, axis=-2)
-    target = output_format(data_format, output_mode)
     core = "".join(letter for letter in "BTC" if letter in target)
     return jnp.transpose(y, [core.index(letter) for letter in target])
 
@@ -155,6 +159,7 @@ def channel_axis(data_format: str, output_mode: str = "sequence") -> int:
       A negative axis number.
 
     Example:
+      >>> from gru_jax.formats import channel_axis
       >>> channel_axis("BTC"), channel_axis("CBT"), channel_axis("CBT", "last")
       (-1, -3, -2)
     """

@@ -11,6 +11,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+from flax import serialization
 
 from gru_jax._initializers import init_leaf
 from gru_jax._layer import (
@@ -26,7 +27,7 @@ from gru_jax._layer import (
 )
 from gru_jax._options import CellOptions, LayerOptions
 from gru_jax._pair import call_directions
-from gru_jax._params import LEAVES, Leaf, Sizes
+from gru_jax._params import LEAVES, GRUParams, Leaf, Sizes
 
 STATE, HIDDEN = "state", "hidden_state"  # collection and variable of a stateful layer
 
@@ -40,7 +41,9 @@ class GRULayer(LayerOptions, nn.Module, kw_only=True):
     meaning of lengths, masks and resets at `gru_jax.gru`. The input size comes from the first
     input. A call changes nothing unless `stateful` is True: then the state is kept in the
     collection "state", which `apply(..., mutable=["state"])` returns (without `mutable` it is read
-    and not written) and `gru_jax.linen.reset_state` clears; `init` does not make it.
+    and not written) and `gru_jax.linen.reset_state` clears; `init` does not make it. A loop such as
+    `nn.scan(..., variable_carry="state")` needs it there before its first step: call the layer once
+    outside the loop, or put zeros (*batch, H) under its "hidden_state".
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -179,6 +182,15 @@ class GRUCell(CellOptions, nn.RNNCellBase, kw_only=True):
         return _known(self)
 
 
+# GRUParams go to flax.serialization by name, alone and in the states of solvers.
+serialization.register_serialization_state(
+    GRUParams,
+    lambda params: serialization.to_state_dict(params.arrays()),
+    lambda params, saved: params.replace(**serialization.from_state_dict(params.arrays(), saved)),
+    override=True,
+)
+
+
 def reset_state(variables: Mapping[str, Any]) -> dict[str, Any]:
     """Returns variables whose stateful GRU layers start again from their `hidden_state`.
 
@@ -189,7 +201,8 @@ def reset_state(variables: Mapping[str, Any]) -> dict[str, Any]:
       A copy without the variables named "hidden_state" in that collection; all else is kept.
 
     Example:
-      >>> reset_state({"params": {}, "state": {"hidden_state": 1.0}})
+      >>> from gru_jax import linen
+      >>> linen.reset_state({"params": {}, "state": {"hidden_state": 1.0}})
       {'params': {}}
     """
     kept = _without_hidden(variables.get(STATE, {}))

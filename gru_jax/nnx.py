@@ -74,9 +74,10 @@ class _Owner(CellOptions, nnx.Module):
             object.__setattr__(self, "__class__", GRUProjectedLayer if both else GRULayer)
 
     def known_leaves(self) -> dict[str, Any]:
-        """Returns the learnables that are present, by name."""
-        variables = {name: getattr(self, name) for name in LEAF_NAMES}
-        return {name: value.get_value() for name, value in variables.items() if value is not None}
+        """Returns the learnables that are present, by name: variables, or arrays of nnx.as_pure."""
+        held = {name: getattr(self, name) for name in LEAF_NAMES}
+        known = {n: v.get_value() if isinstance(v, nnx.Variable) else v for n, v in held.items()}
+        return {name: value for name, value in known.items() if value is not None}
 
 
 @dataclasses.dataclass(eq=False, repr=False)
@@ -129,14 +130,13 @@ class GRULayer(_Owner, LayerOptions):
           y, or (y, hidden) with `has_state_outputs`.
 
         Raises:
-          TypeError: wrong dtypes, as in `gru_jax.gru`.
-          ValueError: wrong shapes or options, as in `gru_jax.gru`.
+          TypeError, ValueError: as in `gru_jax.gru`.
         """
-        x = _layer.input_of(self, x)
+        if self.stateful and not isinstance(self.state, nnx.Variable):
+            raise ValueError("stateful must be False: nnx.as_pure left no variable to write to.")
         stored = self.state.get_value() if self.stateful else None
-        result, final = _layer.call_layer(
-            self, self.known_leaves(), x, hidden, stored, lengths, mask, resets
-        )
+        call = _layer.input_of(self, x), hidden, stored, lengths, mask, resets
+        result, final = _layer.call_layer(self, self.known_leaves(), *call)
         if self.stateful:
             self.state.set_value(final)
         return result

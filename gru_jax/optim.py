@@ -127,6 +127,11 @@ def _solver(solver: Any, learning_rate: Any) -> optax.GradientTransformation:
                 f"brings its own; got {learning_rate!r}."
             )
         return solver
+    if not isinstance(solver, str):
+        hint = ": call it, with its learning rate" if callable(solver) else ""
+        raise TypeError(
+            f"solver must be an optax.GradientTransformation or a name, got {solver!r}{hint}."
+        )
     solver = _checks.choice("solver, if no optax.GradientTransformation,", solver, SOLVERS)
     if learning_rate is None:
         learning_rate = 0.01 if solver == "sgdm" else 0.001

@@ -44,7 +44,14 @@ __all__ = [
 ]
 
 
-def neuron_pca(params: GRUParams, batches: Iterable[Any], *, key: Any = None) -> NeuronPCA:
+def neuron_pca(
+    params: GRUParams,
+    batches: Iterable[Any],
+    *,
+    key: Any = None,
+    h0: Any = None,
+    reverse: bool = False,
+) -> NeuronPCA:
     """Analyses what a GRU does on data that represent the training set.
 
     Args:
@@ -55,6 +62,8 @@ def neuron_pca(params: GRUParams, batches: Iterable[Any], *, key: Any = None) ->
       key: a JAX random key, to find out also how much the output depends on each neuron, for
         `project(..., method="output")`; costs four backward passes. Random directions are drawn
         anew for each batch; give each of several analyses a key of its own.
+      h0: the state that sequences start from, (H,) or as in `gru_jax.gru`; zeros by default.
+      reverse: the GRU runs backward in time, as one direction of a bidirectional layer does.
 
     Returns:
       The analysis; one serves for any number of goals. `analysis.inputs` and `analysis.states` have
@@ -83,7 +92,8 @@ def neuron_pca(params: GRUParams, batches: Iterable[Any], *, key: Any = None) ->
                 f"a batch must be x, (x, lengths) or (x, mask), got {len(batch)} parts."
             )
         kinds = ("mask" if np.asarray(flag).dtype == bool else "lengths" for flag in flags)
-        part = analyse(params, x, key=fold(key, n), **dict(zip(kinds, flags, strict=True)))
+        how: dict[str, Any] = dict(zip(kinds, flags, strict=True))
+        part = analyse(params, x, h0, key=fold(key, n), reverse=reverse, **how)
         total = part if total is None else total + part
     return check_enough("params", total)
 
@@ -182,7 +192,8 @@ def project_dense(
     Args:
       kernel: K, shape (n, m), as in Flax.
       bias: b, shape (m,).
-      moments: of the n inputs; behind a GRU they are its states, `neuron_pca(...).states`.
+      moments: of the n inputs, `states` or `inputs` of an analysis by `neuron_pca`; behind a GRU
+        the inputs are its states.
       explained_variance_goal: the part of the variance to keep, 0 to 1.
       projector_size: the columns of Q, instead of the goal.
 
@@ -204,7 +215,9 @@ def project_dense(
       >>> Q.shape, kernel.shape, bias.shape
       ((100, 30), (30, 80), (80,))
     """
-    n = len(moments.mean)
+    _checks.made_by("neuron_pca(...).states or .inputs", "moments", moments, Moments)
+    kernel = _arguments.as_floating("kernel", kernel)
+    bias, n = _arguments.as_floating("bias", bias), len(moments.mean)
     if kernel.ndim != 2 or kernel.shape[0] != n or bias.shape != kernel.shape[1:]:
         raise ValueError(
             f"kernel must have shape ({n}, m) and bias (m,) for {n} inputs, got {kernel.shape} "

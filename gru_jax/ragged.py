@@ -162,8 +162,9 @@ def chunks(x: Any, length: int, lengths: Any = None) -> list[Any]:
       ((2, 10, 12), [10, 0])
     """
     length = _checks.positive_int("length", length)
-    if np.ndim(x) < 2:
-        raise ValueError(f"x must have axes (*batch, time, channels), got shape {np.shape(x)}.")
+    x = x if hasattr(x, "shape") else np.asarray(x)
+    if x.ndim < 2:
+        raise ValueError(f"x must have axes (*batch, time, channels), got shape {x.shape}.")
     if lengths is not None:
         lengths = _arguments.check_lengths(lengths, None, x.shape[:-1])
     pieces = []

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from reference import MODES
@@ -121,14 +122,20 @@ CASES = [
     Case("implementation", ValueError, ("implementation", "'scan'", "got 'cudnn'"),
          {"implementation": "cudnn"}),
     # options that only layers have
-    Case("hidden_state size", ValueError, ("hidden_state", "5 finite numbers", "got 2"),
+    Case("hidden_state size", ValueError, ("hidden_state", "5 finite numbers", "shape (2,)"),
          {"hidden_state": [0.0, 1.0]}),
     Case("hidden_state NaN", ValueError, ("hidden_state", "5 finite numbers", "nan"),
          {"hidden_state": [np.nan] * H}),
     Case("hidden_state type", TypeError, ("hidden_state", "5 finite numbers", "'zeros'"),
          {"hidden_state": "zeros"}),
-    Case("hidden_state number", TypeError, ("hidden_state", "5 finite numbers", "got 0.5"),
+    Case("hidden_state number", ValueError, ("hidden_state", "5 finite numbers", "got 0.5"),
          {"hidden_state": 0.5}),
+    Case("hidden_state digits", TypeError, ("hidden_state", "5 finite numbers", "'12345'"),
+         {"hidden_state": "12345"}),
+    Case("hidden_state complex", TypeError, ("hidden_state", "5 finite numbers", "1j"),
+         {"hidden_state": [1j] * H}),
+    Case("hidden_state matrix", ValueError, ("hidden_state", "shape (5, 5)"),
+         {"hidden_state": np.ones((H, H))}),
     Case("hidden_state and port", ValueError, ("hidden_state must be None", "has_state_inputs",
          "second argument"), {"hidden_state": [0.0] * H, **PORT}),
     Case("letters", ValueError, ("data_format", "S (spatial), C (channel)", "got 'NTC'"),
@@ -162,8 +169,16 @@ CASES = [
          {"output_projector_learn_rate_factor": [1, 2, 1]}),
     Case("factor type", TypeError, ("bias_l2_factor", NONNEGATIVE, "'two'"),
          {"bias_l2_factor": "two"}),
-    Case("factor True", ValueError, ("bias_l2_factor", NONNEGATIVE, "True"),
+    Case("factor True", TypeError, ("bias_l2_factor", NONNEGATIVE, "True"),
          {"bias_l2_factor": True}),
+    Case("factor of texts", TypeError, ("bias_l2_factor", NONNEGATIVE, "'2'"),
+         {"bias_l2_factor": ["1", "2", "3"]}),
+    Case("factor of booleans", TypeError, ("bias_l2_factor", NONNEGATIVE, "False"),
+         {"bias_l2_factor": [True, True, False]}),
+    Case("complex factor", TypeError, ("bias_l2_factor", NONNEGATIVE, "2j"),
+         {"bias_l2_factor": [1, 2j, 3]}),
+    Case("factor matrix", ValueError, ("bias_l2_factor", NONNEGATIVE),
+         {"bias_l2_factor": np.ones((3, 3))}),
     Case("metadata", TypeError, ("bias_metadata", "mapping", "3"), {"bias_metadata": 3}),
     # the input of a call
     Case("x int", TypeError, ("x must be of a floating-point type", "int32", ".astype("), {},
@@ -499,3 +514,60 @@ def test_formats_refuse_what_is_no_format(data_format):
             function(data_format)
     with pytest.raises(ValueError, match="output_mode must be one of 'sequence', 'last'"):
         gru_jax.formats.output_format("BTC", "first")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "words"),
+    [(">f4", "got >f4, in which JAX does not compute; convert"),
+     (np.longdouble, f"got {np.dtype(np.longdouble)}, in which"),
+     ("float8_e4m3fn", "got float8_e4m3fn, in which"), ("complex64", r"got complex64\.$")],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["x", "h0", "bias"])
+def test_types_that_jax_does_not_compute_in_are_named(name, dtype, words):
+    params, x = gru_jax.GRUParams(**GOOD), np.asarray(X)
+    gru_jax.gru(jax.tree.map(np.asarray, params), x)  # after this JAX itself takes them, swapped
+    odd = {"x": x, "h0": np.ones(H, "float32"), "bias": np.asarray(params.bias)}[name].astype(
+        jnp.dtype(dtype)
+    )
+    arguments = {"params": params, "x": x} | (
+        {"params": params.replace(bias=odd)} if name == "bias" else {name: odd}
+    )
+    with pytest.raises(TypeError, match=f"{name} must be of a floating-point type, {words}"):
+        gru_jax.gru(**arguments)
+
+
+def test_byte_order_of_lengths_makes_no_difference():
+    params, lengths = gru_jax.GRUParams(**GOOD), np.array([T, 1], ">i4")
+    swapped, native = (gru_jax.gru(params, X + 1, lengths=n)[0] for n in (lengths, [T, 1]))
+    np.testing.assert_array_equal(swapped, native)
+
+
+def test_masked_arrays_are_refused():
+    params, hidden = gru_jax.GRUParams(**GOOD), np.ma.masked_array([T, 1], [False, True])
+    odd = params.replace(bias=np.ma.masked_array(params.bias, np.asarray(params.bias) > 0))
+    calls = {
+        "x": lambda: gru_jax.gru(params, np.ma.masked_array(X, np.asarray(X) > 0)),
+        "lengths": lambda: gru_jax.gru(params, X, lengths=hidden),
+        "bias": lambda: gru_jax.gru(odd, X),
+    }
+    for name, call in calls.items():
+        with pytest.raises(TypeError, match=f"{name} must be a plain array, got a masked one"):
+            call()
+
+
+def test_a_traced_tolerance_is_named():
+    run = lambda t: gru_jax.gru_parallel(gru_jax.GRUParams(**GOOD), X, tolerance=t)  # noqa: E731
+    with pytest.raises(TypeError, match="tolerance must be a number that is known when tracing"):
+        jax.jit(run)(1e-5)
+
+
+def test_functions_over_data_take_lists_and_name_what_is_missing():
+    assert [piece.shape for piece in gru_jax.ragged.chunks([[1.0], [2.0], [3.0]], 2)] == [
+        (2, 1), (1, 1),
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="output_mode must be one of"):
+        gru_jax.formats.from_core(X, "BTC", "first")
+    with pytest.raises(TypeError, match="info must come from project or project_model, got None"):
+        gru_jax.projection.summary(None)
+    with pytest.raises(TypeError, match=r"solver must be.*call it, with its learning rate"):
+        gru_jax.optim.training_solver(optax.adam, None, gru_jax.GRUParams(**GOOD))

@@ -236,6 +236,13 @@ def test_param_dtype_makes_the_learnables(kind, dtype):
 
 
 @pytest.mark.parametrize("face", FACES)
+def test_vectors_may_be_the_rows_and_columns_of_the_pages(face):
+    column, row = np.array(HIDDEN).reshape(-1, 1), jnp.array([[1.0, 2.0, 3.0]])
+    layer = build(face, hidden_state=column, bias_l2_factor=row).layer
+    assert (layer.hidden_state, layer.bias_l2_factor) == (HIDDEN, (1.0, 2.0, 3.0))
+
+
+@pytest.mark.parametrize("face", FACES)
 def test_hidden_state_is_where_every_call_starts(face):
     params, x = own_params("GRULayer"), inputs()
     want = gru_jax.gru(params, x, jnp.asarray(HIDDEN, "float32"))[0]

@@ -195,6 +195,52 @@ def test_shard_map_with_and_without_an_initial_state():
     assert_close(leaves(jax.jit(grad)(params, x)), leaves(plain(params, x)), 1e-12)
 
 
+def test_derivatives_of_vmap_over_an_axis_of_an_explicit_mesh():
+    params, x, _ = problem()
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Explicit,))
+    one = lambda p, x: jnp.sum(gru_jax.gru(p, x)[0] ** 2)  # noqa: E731
+    every = jax.vmap(one, in_axes=(None, 0))
+    whole = jax.grad(lambda p, x: jnp.sum(every(p, x)), (0, 1))
+    each = jax.vmap(jax.grad(one), in_axes=(None, 0))
+    along = lambda p, x: jax.jvp(every, (p, x), (p, x))  # noqa: E731
+    expected = [f(params, x) for f in (whole, each, along)]
+    with jax.set_mesh(mesh):
+        x = jax.device_put(x, jax.NamedSharding(mesh, jax.P("data")))
+        params = jax.device_put(params, jax.NamedSharding(mesh, jax.P()))
+        actual = [jax.jit(f)(params, x) for f in (whole, each, along)]
+    assert_close(leaves(actual), leaves(expected), 1e-12)
+
+
+@pytest.mark.parametrize("options", [{}, {"checkpoint": 4}, {"implementation": "parallel"}])
+def test_shard_map_where_resets_alone_vary(options):
+    params, x, _ = problem()
+    resets = jnp.arange(2 * B * T).reshape(2 * B, T) % 4 == 1
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+
+    def run(params, x, resets):
+        return gru_jax.gru(params, x, resets=resets, **options)[0]
+
+    rows = jax.P("data")
+    mapped = jax.shard_map(run, mesh=mesh, in_specs=(jax.P(), jax.P(), rows), out_specs=rows)
+    plain = lambda p, x, r: jnp.concatenate([run(p, x, r[:B]), run(p, x, r[B:])])  # noqa: E731
+    results = []
+    for f in (mapped, plain):
+        y, back = jax.vjp(lambda p, x, f=f: f(p, x, resets), params, x)
+        results.append(leaves((y, back(jnp.sin(y)))))
+    assert_close(*results, 1e-12)
+
+
+def test_derivatives_of_no_sequences_at_all():
+    params, _, _ = problem()
+    x, mask = jnp.zeros((0, T, B, INPUTS)), jnp.ones((0, T, B), bool)
+    run = lambda p, x, m: gru_jax.gru(p, x, mask=m, checkpoint=4)[0]  # noqa: E731
+    run = jax.vmap(run, in_axes=(None, 2, 2), out_axes=2)
+    y, dy = jax.jvp(lambda p, x: run(p, x, mask), (params, x), (params, x))
+    assert y.shape == dy.shape == (0, T, B, H)
+    gradient = jax.grad(lambda p: jnp.sum(run(p, x, mask)))(params)
+    assert all((leaf == 0).all() for leaf in jax.tree.leaves(gradient))
+
+
 @pytest.mark.parametrize("options", [{}, {"output_mode": "last"}, {"checkpoint": 1}], ids=str)
 def test_export_with_symbolic_batch_and_time(options):
     params, x, _ = problem(dtype="float32")

@@ -7,6 +7,7 @@ the expected value of what is dropped goes into the bias.
 import math
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -99,6 +100,7 @@ def project_to(params: GRUParams, pca: NeuronPCA, sizes: Sizes, method: str) -> 
     arrays["bias"] = arrays["bias"] + _mean(dropped, pca, params.reset_gate_mode)
     types = {side.projector: getattr(params, side.weights).dtype for side in SIDES}
     types |= {name: array.dtype for name, array in params.arrays().items()}
+    types = {name: jax.dtypes.canonicalize_dtype(dtype) for name, dtype in types.items()}
     return params.replace(**{name: jnp.asarray(a, types[name]) for name, a in arrays.items()})
 
 
@@ -115,6 +117,11 @@ def expand(params: GRUParams) -> GRUParams:
 def _sensitivity(pca: NeuronPCA) -> tuple[np.ndarray, np.ndarray]:
     if pca.sensitivity is None:
         raise ValueError("method='output' needs an analysis that was made with a key: pass key=.")
+    if not np.isfinite(pca.sensitivity).all():
+        raise ValueError(
+            "method='output' needs finite gradients of the output, got NaN or infinity: they "
+            "explode over so many steps. Pass method='pca'."
+        )
     return pca.sensitivity
 
 
@@ -126,8 +133,9 @@ def _low_rank(
     Without a metric Q spans the k first principal directions, and M' = M Q. With G = E[g gᵀ], M' Qᵀ
     is the map of rank k with the smallest error of the output to first order, tr G (M − M'Qᵀ) C
     (M − M'Qᵀ)ᵀ: with U the k first left singular vectors of G^½ M C^½ it is G^-½ U Uᵀ G^½ M.
+    Where G is zero, any map is as good.
     """
-    if metric is None:
+    if metric is None or not np.trace(metric):
         Q = moments.directions[:, :k]
         return M @ Q, Q
     damped = metric + DAMPING * np.trace(metric) / len(metric) * np.eye(len(metric))

@@ -554,6 +554,12 @@ def test_refusals(write):
     with pytest.raises(ValueError, match=r"b has numbers up to 1e\+39.*dtype='float64'"):
         write(large)
     assert write(large, dtype="float64")
+    twice = Case(mode=MODES[2]).params()
+    twice = twice.replace(bias=jnp.full_like(twice.bias, 1e308))
+    for dtype in DTYPES:
+        words = f"b has numbers up to inf, too large for {dtype}. Both halves of bias"
+        with pytest.raises(ValueError, match=words):
+            write(twice, dtype=dtype)
     for option, function in (("state", jnp.tanh), ("gate", jnp.sin)):
         option = f"{option}_activation_function"
         with pytest.raises(ValueError, match=rf"{option} must be .* in C, got"):

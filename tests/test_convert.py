@@ -261,6 +261,15 @@ def test_leaves_are_copies(name):
     assert_same(again, before)
 
 
+@pytest.mark.parametrize("name", FRAMEWORKS)
+@pytest.mark.parametrize("dtype", [">f8", ">f4", ">f2"])
+def test_either_byte_order(name, dtype):
+    reads, writes, modes, _ = FRAMEWORKS[name]
+    native = params_of(name, modes[-1], 4, 3, dtype=dtype[1:])
+    arrays = writes(native)
+    assert_same(reads(jax.tree.map(lambda a: a.astype(dtype), arrays)), reads(arrays))
+
+
 @pytest.mark.parametrize(("name", "mode"), PAIRS)
 def test_projected_parameters_go_out_as_dense_ones(name, mode):
     params = params_of(name, mode, 5, 3, P_i=2, P_o=4)
@@ -269,6 +278,29 @@ def test_projected_parameters_go_out_as_dense_ones(name, mode):
     assert dense.arrays().keys() == {"input_weights", "recurrent_weights", "bias"}
     for leaf, array in expected.arrays().items():
         assert relative_error(getattr(dense, leaf), array) <= 1e-15
+
+
+@pytest.mark.parametrize("name", FRAMEWORKS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_products_of_projectors_that_overflow(name, dtype):
+    writes, modes = FRAMEWORKS[name][1:3]
+    params = params_of(name, modes[0], 5, 3, dtype=dtype, P_i=2, P_o=4)
+    root = np.sqrt(float(ml_dtypes.finfo(dtype).max)).astype(dtype)
+    for leaf, other in (("input_weights", "input_projector"),
+                        ("recurrent_weights", "output_projector")):  # fmt: skip
+        large = {n: np.full_like(getattr(params, n), 2 * root) for n in (leaf, other)}
+        with pytest.raises(ValueError, match=f"too large for {np.dtype(dtype)}. Convert the wei"):
+            writes(params.replace(**large))
+        large[leaf][0] = np.inf  # what is not finite before goes out as it is
+        writes(params.replace(**large))
+
+
+@pytest.mark.parametrize("name", ["linen", "equinox"])
+def test_sums_of_biases_that_overflow(name):
+    params = params_of("torch", RECURRENT_BIAS, 4, 3, dtype="float16")
+    params = params.replace(bias=np.full_like(params.bias, 4e4))
+    with pytest.raises(ValueError, match=r"the sum of two biases must be finite.*float16"):
+        FRAMEWORKS[name][1](params, fold_biases=True)
 
 
 def test_what_other_frameworks_leave_out_is_zero():
@@ -565,6 +597,8 @@ def test_other_modules_of_torch(kind, hidden):
     ({"layer": -1}, ValueError, "layer must be 0 for the first layer, 1 for the next, got -1"),
     ({"layer": True}, TypeError, "layer must be an integer, or None"),
     ({"layer": "0"}, TypeError, "layer must be an integer, or None"),
+    ({"layer": 1.0}, TypeError, "layer must be an integer, or None.*got 1.0"),
+    ({"layer": np.True_}, TypeError, "layer must be an integer, or None"),
     ({"layer": None, "reverse": True}, ValueError, "an nn.GRUCell has no direction"),
     ({"reverse": 2}, TypeError, "reverse must be True or False, got 2"),
     ({"reset_gate_mode": "after"}, ValueError, "reset_gate_mode must be one of"),
@@ -577,6 +611,14 @@ def test_wrong_options_of_torch(options, error, words):
     if "must have" not in words and "mode" not in words:
         with pytest.raises(error, match=words):
             convert.to_torch(params, **options)
+
+
+@pytest.mark.parametrize("integer", [int, np.int64, np.uint8, jnp.int32])
+def test_numbers_of_layers_of_any_integer_type(integer):
+    params = params_of("torch", RECURRENT_BIAS, 4, 3)
+    entries = convert.to_torch(params, layer=integer(1))
+    assert next(iter(entries)) == "weight_ih_l1"
+    assert_same(convert.from_torch(entries, layer=integer(1)), params)
 
 
 def test_wrong_options_of_the_others():

@@ -25,6 +25,7 @@ from cases import random_params
 from reference import MODES
 
 import gru_jax
+from gru_jax.convert import _mat5
 from gru_jax.convert._matlab import from_matlab, to_matlab
 from gru_jax.convert._safetensors import from_safetensors, to_safetensors
 
@@ -413,6 +414,19 @@ def test_deep_nests_double_names_and_wrong_sizes(tmp_path):
     ):
         path.write_bytes(v5(content))
         with pytest.raises(ValueError, match=rf"gru\.mat: .*{match}"):
+            from_matlab(path)
+
+
+@pytest.mark.parametrize("number", [6, 7])
+def test_matrices_that_unpack_to_more_than_the_format_holds(tmp_path, monkeypatch, number):
+    path, names = tmp_path / "gru.mat", ("InputWeights", "RecurrentWeights", "Bias")
+    numbers = 1200 // (8 if number == 6 else 4)
+    for rows, refused in ((numbers, False), (numbers + 3, True)):
+        packed = [zlib.compress(matrix(n, number, (rows, 1), 2, bytes(rows))) for n in names]
+        path.write_bytes(v5(*(struct.pack("<II", 15, len(p)) + p for p in packed)))
+        monkeypatch.setattr(_mat5, "LARGEST", 1200)
+        match = rf"gru\.mat: a (double|single) matrix must have less .* \({rows}, 1\)"
+        with pytest.raises(ValueError, match=match if refused else "RecurrentWeights must be"):
             from_matlab(path)
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import pickle
+import re
 import sys
 import tracemalloc
 
@@ -14,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from reference import GATE_ACTIVATIONS, MODES, STATE_ACTIVATIONS
 
 import gru_jax
-from gru_jax import convert
+from gru_jax import convert, export
 
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 RECURRENT = MODES[2]
@@ -249,14 +250,16 @@ def test_several_nodes():
     other = helper.make_node("GRU", ["Y", "V", "R", "B"], ["Z"], name="other", clip=1.0)
     model.graph.node.append(other)
     assert_expected(convert.from_onnx(model, node="node"))
-    assert_expected(convert.from_onnx(model, node=0))
+    for number in (0, np.int64(0), np.uint8(0)):
+        assert_expected(convert.from_onnx(model, node=number))
     for node in (None, "no such", 2, -1, -2):
         with pytest.raises(ValueError, match=r"GRU nodes 0 'node', 1 'other', got"):
             convert.from_onnx(model, node=node)
     with pytest.raises(ValueError, match="clip"):
         convert.read_onnx(model)
-    with pytest.raises(TypeError, match="a name or a number"):
-        convert.from_onnx(model, node=True)
+    for node in (True, np.True_, 0.0, b"node"):
+        with pytest.raises(TypeError, match="node must be a name or a number, got"):
+            convert.from_onnx(model, node=node)
     other.CopyFrom(helper.make_node("GRU", ["Y", "W", "R"], ["Z"], name="node"))
     model.graph.node[1].CopyFrom(other)
     with pytest.raises(ValueError, match="GRU nodes 0 'node', 1 'node'"):
@@ -431,7 +434,7 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 @pytest.mark.parametrize("read", [convert.from_onnx, convert.read_onnx])
-def test_bad_models(read, name):
+def test_bad_models(read, name, tmp_path):
     change, text = BAD[name]
     data = broken(change).SerializeToString()
     tracemalloc.start()
@@ -440,6 +443,11 @@ def test_bad_models(read, name):
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 2**20
+    path = tmp_path / "bad.onnx"
+    path.write_bytes(data)
+    for source in (path, str(path)):
+        with pytest.raises(ValueError, match=rf"^{re.escape(str(path))}: (?s:.*){text}"):
+            read(source)
 
 
 @pytest.mark.parametrize(("alpha", "beta"), [([0.3], [0.5]), ([0.2], [0.4]), ([0.2, 0.2], [0.5])])
@@ -500,8 +508,8 @@ class Trap:
 def test_other_files(data, tmp_path):
     path = tmp_path / "model.onnx"
     path.write_bytes(data)
-    for source in (data, path):
-        with pytest.raises(ValueError, match="model must"):
+    for source, name in ((data, ""), (path, f"{re.escape(str(path))}: ")):
+        with pytest.raises(ValueError, match=f"^{name}model must"):
             convert.from_onnx(source)
 
 
@@ -514,6 +522,32 @@ def test_without_onnx(monkeypatch):
     for call in calls:
         with pytest.raises(ModuleNotFoundError, match=r'onnx: pip install "gru_jax\[onnx\]"'):
             call()
+
+
+@pytest.mark.parametrize("write", [convert.to_onnx, export.to_onnx])
+def test_what_are_no_parameters(write):
+    for thing in (None, 5, {"bias": np.ones(3)}, object(), "ab", [1, 2]):
+        found = thing[0] if isinstance(thing, str | list) else thing
+        words = rf"params must be a gru_jax\.GRUParams, got {type(found).__name__}\."
+        with pytest.raises(TypeError, match=words):
+            write(thing)
+
+
+@pytest.mark.parametrize("dtype", [">f8", ">f4", ">f2"])
+def test_initial_states_of_either_byte_order(dtype):
+    params, h0 = (
+        gru_params(1, 4, 3, RECURRENT, dtype[1:]),
+        np.random.default_rng(0).normal(size=(1, 5, 4)),
+    )
+    one, two = (convert.to_onnx(params, initial_h=h0.astype(order)) for order in (dtype, dtype[1:]))
+    assert one == two
+
+
+def test_sums_of_biases_that_overflow():
+    arrays = {n: np.full_like(a, 4e4) for n, a in weights(dtype="float16").items()}
+    model = model_of(tensors=[numpy_helper.from_array(a, n) for n, a in arrays.items()])
+    with pytest.raises(ValueError, match=r"the sum of two biases must be finite.*float16"):
+        convert.from_onnx(model, fold_biases=True)
 
 
 def test_what_is_no_model():

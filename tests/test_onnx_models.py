@@ -87,7 +87,7 @@ def as_linen(function, *example):
 def check_linen(function, example=(SMALL,), inputs=(LARGE,), **options):
     model, variables = as_linen(function, *example)
     made = model_to_onnx(model, variables, tuple(example), **options)
-    assert_same(run(made, *inputs), model.apply(variables, *inputs))
+    assert_same(run(made, *jax.tree.leaves(inputs)), model.apply(variables, *inputs))
     return made
 
 
@@ -364,8 +364,8 @@ def test_types():
 # The rest of a model
 
 
-def gru(x, **options):
-    return gru_jax.linen.GRULayer(H, **options)(x)
+def gru(x, hidden=None, lengths=None, **options):
+    return gru_jax.linen.GRULayer(H, **options)(x, hidden, lengths=lengths)
 
 
 PARTS = {
@@ -472,6 +472,192 @@ def test_flags_and_dictionaries():
     assert names(made.graph.input) == ["x", "h0"]
     assert names(made.graph.output) == ["out", "state", "x_out"]
     assert_same(run(made, LARGE, hidden), model.apply(variables, LARGE, hidden, train=False))
+
+
+# Names and sizes of inputs and outputs
+
+
+def shapes(made):
+    """The sizes of all inputs by name; open ones are texts."""
+    ports = [(port.name, port.type.tensor_type.shape.dim) for port in made.graph.input]
+    return {name: [size.dim_param or size.dim_value for size in sizes] for name, sizes in ports}
+
+
+class TokensFirst(nn.Module):
+    @nn.compact
+    def __call__(self, tokens, x):
+        return gru(jnp.concatenate([nn.Embed(9, 4)(tokens), x], -1))
+
+
+class LabelFirst(nn.Module):
+    @nn.compact
+    def __call__(self, label, x):
+        return gru(x, output_mode="last") + nn.Embed(9, H)(label)
+
+
+class HiddenFirst(nn.Module):
+    @nn.compact
+    def __call__(self, hidden, x):
+        return gru(x, hidden, has_state_inputs=True)
+
+
+class HiddenAndH0(nn.Module):
+    @nn.compact
+    def __call__(self, x, hidden, h0):
+        return gru(x, hidden, has_state_inputs=True), 2 * h0
+
+
+class TreeFirst(nn.Module):
+    @nn.compact
+    def __call__(self, batch, x_c):
+        return gru(batch["x"]) + (batch["c"] * x_c)[:, None]
+
+
+def tokens(*shape):
+    return np.random.default_rng(7).integers(0, 9, shape)
+
+
+EQUAL_INPUTS = {
+    TokensFirst: (["tokens", "x"], lambda x: (tokens(*x.shape[:2]), x)),
+    LabelFirst: (["label", "x"], lambda x: (tokens(len(x)), x)),
+    HiddenFirst: (["h0", "x"], lambda x: (normal(8, len(x), H), x)),
+    HiddenAndH0: (["x", "hidden", "h0"], lambda x: (x, normal(8, len(x), H), normal(9, len(x), 2))),
+    TreeFirst: (
+        ["x_c_2", "x_x", "x_c"],
+        lambda x: ({"x": x, "c": normal(8, len(x), H)}, normal(9, len(x), H)),
+    ),
+}
+
+
+@pytest.mark.parametrize("model", EQUAL_INPUTS)
+def test_inputs_of_equal_names(model):
+    """No argument gets the name of another."""
+    expected, arguments = EQUAL_INPUTS[model]
+    made = check_linen(model(), arguments(SMALL), arguments(LARGE))
+    assert names(made.graph.input) == expected
+    assert names(made.graph.output) == ["y", "hidden_out"][: 1 + (model is HiddenAndH0)]
+    assert {sizes[0] for sizes in shapes(made).values()} == {"batch"}
+    assert ["batch", "time", CHANNELS] in shapes(made).values()
+
+
+def layer_y(x):
+    """A layer whose tensors in the graph are y.W, y.y and so on."""
+    y = gru_jax.linen.GRULayer(H, name="y")(x)
+    return {"y": y, "y.W": y + 1, "y.y": 2 * y}
+
+
+EQUAL_OUTPUTS = {
+    "as an input": (lambda x: {"x": gru(x), "x_out": 2 * x}, ["x_out_2", "x_out"]),
+    "paths": (
+        lambda x: {"a": {"b": gru(x), "c": -x}, "a_b": 2 * x, "a_b_2": 3 * x},
+        ["a_b_3", "a_c", "a_b", "a_b_2"],
+    ),
+    "dots": (lambda x: {"a.b": gru(x), "a_b": 2 * x}, ["a_b_2", "a_b"]),
+    "tensors of a layer": (layer_y, ["y", "y_W", "y_y"]),
+}
+
+
+@pytest.mark.parametrize("case", EQUAL_OUTPUTS)
+def test_outputs_of_equal_names(case):
+    function, expected = EQUAL_OUTPUTS[case]
+    assert names(check_linen(function).graph.output) == expected
+
+
+def attend(x, other):
+    """A decoder that attends to an encoder of another time."""
+    source, query = gru(x), gru(other)
+    weights = nn.softmax(query @ source.swapaxes(1, 2), -1)
+    return nn.Dense(2)(jnp.concatenate([weights @ source, query], -1)), weights
+
+
+@pytest.mark.parametrize("axes", [None, {"x": "BTC", "others": "BTC"}], ids=["read", "given"])
+def test_two_times(axes):
+    small, large = normal(8, 2, 5, CHANNELS), normal(9, 5, 6, CHANNELS)
+    made = check_linen(attend, (SMALL, small), (LARGE, large), axes=axes)
+    assert shapes(made) == {"x": ["batch", "time", 3], "others": ["batch", "time2", 3]}
+
+
+def test_sizes_that_agree_are_one():
+    """Both times of a matrix, each that of another input; batches of two sizes."""
+
+    def weigh(x, source, weights, table):
+        return gru(x) + weights @ gru(source), jnp.tanh(table)
+
+    def example(B, T, S, N):
+        return normal(1, B, T, 3), normal(2, B, S, 3), normal(3, B, T, S), normal(4, N, 2)
+
+    axes = {"others_1": "BTT"}
+    made = check_linen(weigh, example(2, 7, 5, 9), example(3, 4, 6, 8), axes=axes)
+    assert shapes(made) == {
+        "x": ["batch", "time", 3],
+        "others_0": ["batch", "time2", 3],
+        "others_1": ["batch", "time", "time2"],
+        "others_2": ["batch2", 2],
+    }
+
+
+def test_ones_are_broadcast():
+    def scaled(x, scale):
+        return gru(x * scale)
+
+    scale = normal(8, 1, 1, CHANNELS)
+    made = check_linen(scaled, (SMALL, scale), (LARGE, scale))
+    assert shapes(made) == {"x": ["batch", "time", 3], "others": [1, 1, 3]}
+    made = check_linen(attend, (SMALL, SMALL[:, :1]), (LARGE, LARGE), axes={"others": "BTC"})
+    assert shapes(made)["others"] == ["batch", "time2", 3]
+
+
+def test_inputs_that_do_not_fit():
+    """A table of 100 places, of which the model takes as many as x has."""
+
+    def placed(x, table):
+        return gru(x + table[:, : x.shape[1]])
+
+    example = SMALL, normal(8, 1, 100, CHANNELS)
+    model, variables = as_linen(placed, *example)
+    reason = r"x \(batch, time, 3\), others \(1, time2, 3\): pass `axes` where that is wrong"
+    with pytest.raises(TypeError, match=reason):
+        model_to_onnx(model, variables, example)
+    check_linen(placed, example, (normal(9, 5, 7, CHANNELS), example[1]),
+                axes={"x": "BFC", "others": "---"})  # fmt: skip
+
+
+TREES = {
+    "c": (lambda b: (gru(b["x"]), b["c"] * 2), ["batch", 4], lambda n: normal(8, n, 4)),
+    "h": (
+        lambda b: gru(b["x"], b["h"], has_state_inputs=True),
+        ["batch", H],
+        lambda n: normal(8, n, H),
+    ),
+    "lengths": (lambda b: gru(b["x"], lengths=b["lengths"]), ["batch"], lambda n: LENGTHS[-n:]),
+    "scale": (lambda b: gru(b["x"]) * b["scale"], [], lambda n: np.array(3, "float32")),
+}
+
+
+@pytest.mark.parametrize("key", TREES)
+def test_trees_of_inputs(key):
+    """The sequence is the leaf with most axes, wherever it stands in the tree."""
+    function, sizes, make = TREES[key]
+    made = check_linen(function, ({key: make(2), "x": SMALL},), ({key: make(5), "x": LARGE},))
+    assert shapes(made) == {f"x_{key}": sizes, "x_x": ["batch", "time", CHANNELS]}
+
+
+def test_tree_of_tokens():
+    """Integers of two axes are a sequence too, and not a state of two axes."""
+
+    def stream(batch):
+        return gru(nn.Embed(9, 5)(batch["tokens"]), batch["h"], has_state_inputs=True)
+
+    small, large = ({"h": normal(8, B, H), "tokens": tokens(B, T)} for B, T in ((2, 7), (5, 11)))
+    made = check_linen(stream, (small,), (large,))
+    assert shapes(made) == {"x_h": ["batch", H], "x_tokens": ["batch", "time"]}
+
+    def joined(batch):
+        return gru(jnp.concatenate([nn.Embed(9, 5)(batch["tokens"]), batch["x"]], -1))
+
+    small, large = ({"tokens": tokens(len(x)), "x": x} for x in (SMALL[0], LARGE[0]))
+    made = check_linen(joined, (small,), (large,))
+    assert shapes(made) == {"x_tokens": ["time"], "x_x": ["time", CHANNELS]}
 
 
 # Caches, and what cannot be

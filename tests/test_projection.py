@@ -1,5 +1,7 @@
 """Projection of parameters, against one SVD of all states that plain loops give."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -305,6 +307,16 @@ def test_types_are_kept():
         np.testing.assert_array_equal(leaf, before[name])
 
 
+def test_float64_of_numpy_without_x64():
+    params, x = jax.tree.map(np.asarray, params_of()), X.astype("float32")
+    with jax.enable_x64(False):
+        small, _ = projection.project(params, projection.neuron_pca(params, [x]), 0.9)
+        single = jax.tree.map(lambda a: jnp.asarray(a, "float32"), params)
+        expected, _ = projection.project(single, projection.neuron_pca(single, [x]), 0.9)
+    assert {leaf.dtype for leaf in small.arrays().values()} == {jnp.float32.dtype}
+    assert_close(as_dict(small), as_dict(expected), 1e-5)
+
+
 # Sizes and the record
 
 
@@ -532,6 +544,31 @@ def test_output_method_has_the_smaller_error(k, seed):
             errors[name, method] = np.trace(G @ gap @ C @ gap.T)
     for name in ("input_weights", "recurrent_weights"):
         assert errors[name, "output"] <= errors[name, "pca"] * (1 + 1e-12)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_output_method_where_the_output_depends_on_nothing(mode):
+    """z is 1, so that the state never moves."""
+    params = params_of(mode)
+    params = params.replace(bias=params.bias.at[H : 2 * H].set(200.0))
+    pca = projection.neuron_pca(params, [X], key=jax.random.key(0))
+    assert not any(G.any() for G in pca.sensitivity)
+    sizes = {"input_projector_size": 2, "output_projector_size": 3}
+    small, _ = projection.project(params, pca, **sizes, method="output")
+    principal, _ = projection.project(params, pca, **sizes)
+    assert_close(as_dict(small), as_dict(principal), 0)
+    np.testing.assert_array_equal(run(small), np.zeros((B, T, H)))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_output_method_needs_finite_gradients(bad):
+    params, pca = analysis(key=jax.random.key(0))
+    G, other = pca.sensitivity
+    other = np.where(np.eye(len(other)), bad, other)
+    with pytest.raises(ValueError, match=r"finite gradients of the output.*Pass method='pca'"):
+        projection.project(
+            params, dataclasses.replace(pca, sensitivity=(G, other)), method="output"
+        )
 
 
 def test_output_method_with_more_inputs_than_rows():

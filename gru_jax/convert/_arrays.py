@@ -14,7 +14,9 @@ FLOATS = (np.float64, np.float32, np.float16, BFLOAT16)
 
 
 def array(name: str, value: Any, *, ndim: int | None = None) -> np.ndarray:
-    """Returns an array of any framework as a NumPy array of its own dtype, a real float.
+    """Returns an array of any framework as a NumPy array of its own type, a real float.
+
+    It is a copy: who changes the source later does not change the parameters.
 
     Args:
       name: what messages call it.
@@ -26,12 +28,12 @@ def array(name: str, value: Any, *, ndim: int | None = None) -> np.ndarray:
       ValueError: it has another number of axes.
     """
     found = _as_numpy(name, value)
-    if found.dtype not in FLOATS:
+    if found.dtype.type not in FLOATS:
         listed = "float64, float32, float16 or bfloat16"
         raise TypeError(f"{name} must be an array of {listed}, got {found.dtype}.")
     if ndim is not None and found.ndim != ndim:
         raise ValueError(f"{name} must have {ndim} axes, got shape {found.shape}.")
-    return found
+    return found.astype(found.dtype.type, copy=False)  # in the machine's byte order
 
 
 def _as_numpy(name: str, value: Any) -> np.ndarray:
@@ -42,7 +44,7 @@ def _as_numpy(name: str, value: Any) -> np.ndarray:
         return value.numpy().copy()
     if not hasattr(value, "dtype") or not hasattr(value, "shape"):
         raise TypeError(f"{name} must be an array, got {type(value).__name__}.")
-    return np.array(value)  # a copy: who changes the source later does not change the parameters
+    return np.array(value, order="C")
 
 
 def pick(source: str, arrays: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
@@ -108,7 +110,25 @@ def _expand(small: np.ndarray, projector: np.ndarray | None) -> np.ndarray:
     """W = W' Qᵀ, rounded once; W' itself where there is no projector."""
     if projector is None:
         return small
-    return (small.astype(np.float64) @ projector.astype(np.float64).T).astype(small.dtype)
+    with np.errstate(over="ignore", invalid="ignore"):
+        W = (small.astype(np.float64) @ projector.astype(np.float64).T).astype(small.dtype)
+    return _held("the product of a projector and its weights", W, small, projector)
+
+
+def add(b: np.ndarray, b_R: np.ndarray) -> np.ndarray:
+    """The sum of two biases, rounded once."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return _held("the sum of two biases", b + b_R, b, b_R)
+
+
+def _held(what: str, result: np.ndarray, *parts: np.ndarray) -> np.ndarray:
+    """The result, unless it overflows: not finite, where its parts are."""
+    if not np.isfinite(result).all() and all(np.isfinite(part).all() for part in parts):
+        raise ValueError(
+            f"{what} must be finite, and is too large for {result.dtype}. Convert the weights to a "
+            "type of larger range first."
+        )
+    return result
 
 
 class Dense:
@@ -172,6 +192,5 @@ class Dense:
                 "are not zero. Pass fold_biases=True to add them to the input biases: the same "
                 "function, but for one rounding."
             )
-        both = self.b.copy()
-        both[: 2 * self.H] += gates
-        return both, candidate
+        added = add(self.b[: 2 * self.H], gates)
+        return np.append(added, self.b[2 * self.H :]), candidate

@@ -1,11 +1,21 @@
 """What a source can mean: the reset modes it computes, the activation functions it states."""
 
+import contextlib
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from gru_jax._params import BEFORE, OPTION_CHECKS
 
 DEFAULTS = {"state_activation_function": "tanh", "gate_activation_function": "sigmoid"}
+
+
+def index(expected: str, value: Any) -> int:
+    """Returns an integer of any type as an int; `expected` begins the message where it is none."""
+    if not isinstance(value, bool):
+        with contextlib.suppress(TypeError):
+            return operator.index(value)
+    raise TypeError(f"{expected}, got {value!r}.")
 
 
 def reset_mode(source: str, asked: str | None, known: tuple[str, ...]) -> str:

@@ -115,7 +115,7 @@ def split(found: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, st
     matrices = {name: matrix for name, matrix in matrices.items() if matrix.size}
     _check_shapes(matrices)
     matrices["Bias"] = matrices["Bias"][:, 0]
-    return {NAMES[name]: np.ascontiguousarray(matrix) for name, matrix in matrices.items()}, options
+    return {NAMES[name]: matrix for name, matrix in matrices.items()}, options
 
 
 def _text(name: str, value: Any) -> str:
@@ -128,13 +128,11 @@ def _text(name: str, value: Any) -> str:
 
 
 def _matrix(name: str, value: Any) -> np.ndarray:
-    """A matrix of real numbers in native byte order, in MATLAB's orientation."""
+    """A matrix of real numbers, in MATLAB's orientation."""
     kind = _kind(value)
     if kind in HINTS or isinstance(value, Foreign):
         hint = HINTS.get(kind, NUMBERS)
         raise ContentError(f"{name} must be a matrix of class double or single, got {kind}. {hint}")
-    if isinstance(value, np.ndarray):
-        value = value.astype(value.dtype.newbyteorder("="), copy=False)
     try:
         return _arrays.array(name, value, ndim=2)
     except TypeError as error:

@@ -110,9 +110,12 @@ def _numbers(kind: str, shape: tuple, parts: list, order: str) -> np.ndarray:
     """A matrix of a class; MATLAB may keep whole numbers in fewer bytes."""
     ((stored, content),) = parts
     flat = np.frombuffer(content, order + NUMBERS[stored])
-    if flat.size != math.prod(shape) or flat.itemsize > np.dtype(kind).itemsize:
+    itemsize = np.dtype(kind).itemsize
+    if flat.size != math.prod(shape) or flat.itemsize > itemsize:
         raise ContentError(f"a {kind} matrix of shape {shape} holds {flat.size} {flat.dtype}.")
-    return flat.astype(kind).reshape(shape, order="F")
+    if flat.size * itemsize > LARGEST:
+        raise ContentError(f"a {kind} matrix must have less than 2 GiB, got shape {shape}.")
+    return flat.astype(kind, copy=False).reshape(shape, order="F")
 
 
 def _text(shape: tuple, parts: list, order: str) -> str | Foreign:

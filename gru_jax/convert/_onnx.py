@@ -159,7 +159,7 @@ def gru_node(
 
 def directions_of(params: GRUParams | Sequence[GRUParams]) -> tuple[GRUParams, ...]:
     """Returns one GRU, or both of a pair, as a tuple."""
-    return (params,) if isinstance(params, GRUParams) else tuple(params)
+    return tuple(params) if isinstance(params, Sequence) else (params,)
 
 
 def _check_pair(parts: list[Dense], reverse: bool) -> None:

@@ -1,5 +1,6 @@
 """What an ONNX file says of its `GRU` nodes, checked piece by piece; nothing in it is executed."""
 
+import contextlib
 import os
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gru_jax.convert import _files
 from gru_jax.convert._arrays import FLOATS
 from gru_jax.convert._onnx_tensors import from_tensor, load_onnx
 
@@ -26,6 +28,12 @@ ATTRIBUTES = {  # number of onnx.AttributeProto.AttributeType, field
 }
 _TENSOR = 4  # another AttributeType
 _STANDARD = ("", "ai.onnx")  # names of the domain of ONNX's own operators
+
+
+def reading(model: Any) -> contextlib.AbstractContextManager[None]:
+    """Returns a context that names the file in every refusal, if the model is in one."""
+    is_path = isinstance(model, str | os.PathLike)
+    return _files.reading(str(model)) if is_path else contextlib.nullcontext()
 
 
 class Model:
@@ -53,10 +61,8 @@ class Model:
             found = self.grus
         elif isinstance(node, str):
             found = [proto for proto in self.grus if proto.name == node]
-        elif isinstance(node, int) and not isinstance(node, bool):
-            found = self.grus[node : node + 1] if node >= 0 else []
         else:
-            raise TypeError(f"node must be a name or a number, got {node!r}.")
+            found = self.grus[node : node + 1] if node >= 0 else []
         if len(found) != 1:
             listed = ", ".join(f"{n} {proto.name!r}" for n, proto in enumerate(self.grus[:12]))
             raise ValueError(f"node must be one of the model's GRU nodes {listed}, got {node!r}.")
@@ -178,20 +184,20 @@ def _load(model: Any) -> "tuple[onnx.ModelProto, Path | None]":
         return model, None
     if isinstance(model, str | os.PathLike):
         path = Path(model)
-        return _parse(str(path), path.read_bytes()), path.parent
+        return _parse(path.read_bytes()), path.parent
     if isinstance(model, bytes | bytearray | memoryview):
-        return _parse("what was given", bytes(model)), None
+        return _parse(bytes(model)), None
     raise TypeError(
         f"model must be an onnx.ModelProto, its bytes or a path, got {type(model).__name__}."
     )
 
 
-def _parse(source: str, data: bytes) -> "onnx.ModelProto":
+def _parse(data: bytes) -> "onnx.ModelProto":
     proto = load_onnx().ModelProto()
     try:
         proto.ParseFromString(data)
     except Exception as error:  # protobuf's own DecodeError
         raise ValueError(
-            f"model must be a whole ONNX file, but {source} ({len(data)} bytes) is none: {error}."
+            f"model must be a whole ONNX file, and these {len(data)} bytes are none: {error}."
         ) from error
     return proto

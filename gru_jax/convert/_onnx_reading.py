@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 
 from gru_jax._params import AFTER, BEFORE, RECURRENT_BIAS, GRUParams
-from gru_jax.convert._arrays import FLOATS, build, check_shape, swap
-from gru_jax.convert._choices import reset_mode
+from gru_jax.convert._arrays import FLOATS, add, build, check_shape, swap
+from gru_jax.convert._choices import index, reset_mode
 from gru_jax.convert._onnx import ALPHA, BETA, GATE_ACTIVATIONS, STATE_ACTIVATIONS
-from gru_jax.convert._onnx_nodes import Model, Node
+from gru_jax.convert._onnx_nodes import Model, Node, reading
 
 GATES = {name.lower(): option for option, name in GATE_ACTIVATIONS.items()}
 STATES = {name.lower(): option for option, name in STATE_ACTIVATIONS.items()}
@@ -105,7 +105,10 @@ def from_onnx(
       >>> convert.from_onnx(file, reverse=True).reset_gate_mode
       'recurrent-bias-after-multiplication'
     """
-    gru = _read(Model(model).choose(node), reset_gate_mode, fold_biases)
+    if not isinstance(node, str | None):
+        node = index("node must be a name or a number", node)
+    with reading(model):
+        gru = _read(Model(model).choose(node), reset_gate_mode, fold_biases)
     directions = DIRECTIONS[gru.direction]
     if reverse not in directions:
         raise ValueError(
@@ -138,7 +141,8 @@ def read_onnx(model: Any, *, fold_biases: bool = False) -> tuple[OnnxGRU, ...]:
       >>> gru.name, gru.layout, gru.input_size, gru.sequence_lens
       ('gru', 1, 12, 'sequence_lens')
     """
-    return tuple(_read(node, None, fold_biases) for node in Model(model).nodes())
+    with reading(model):
+        return tuple(_read(node, None, fold_biases) for node in Model(model).nodes())
 
 
 def _read(node: Node, asked: str | None, fold_biases: bool) -> OnnxGRU:
@@ -220,7 +224,7 @@ def _params(
                 f"and {mode!r} has one. Pass fold_biases=True to add them: the same function, but "
                 "for one rounding."
             )
-        b, b_R = b + b_R, None
+        b, b_R = add(b, b_R), None
     return build(swap(W), swap(R), b, b_R, mode, **activations)
 
 

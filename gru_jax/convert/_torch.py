@@ -8,7 +8,7 @@ import numpy as np
 from gru_jax import _checks
 from gru_jax._params import AFTER, RECURRENT_BIAS, GRUParams
 from gru_jax.convert._arrays import Dense, array, build, check_shape, pick
-from gru_jax.convert._choices import reset_mode
+from gru_jax.convert._choices import index, reset_mode
 
 
 def from_torch(
@@ -129,8 +129,8 @@ def to_torch(
 
 def _names(layer: int | None, reverse: bool, prefix: str) -> tuple[str, ...]:
     """The names of W, R, b and b_R."""
-    if isinstance(layer, bool) or not isinstance(layer, int | None):
-        raise TypeError(f"layer must be an integer, or None for an nn.GRUCell, got {layer!r}.")
+    if layer is not None:
+        layer = index("layer must be an integer, or None for an nn.GRUCell", layer)
     reverse = _checks.flag("reverse", reverse)
     if layer is None and reverse:
         raise ValueError("reverse must be False with layer=None: an nn.GRUCell has no direction.")

@@ -40,6 +40,7 @@ def check(params: GRUParams) -> Sizes:
     return sizes
 
 
+@np.errstate(over="ignore")  # what is too large is refused
 def members(params: GRUParams, dtype: Any) -> dict[str, np.ndarray]:
     """Returns the arrays of the C struct by name, in its order: vectors of one type.
 
@@ -70,12 +71,13 @@ def _exact(name: str, value: Any) -> np.ndarray:
 
 def _rounded(name: str, array: np.ndarray, dtype: Any) -> np.ndarray:
     """The array in the type of the C code."""
-    with np.errstate(over="ignore"):
-        rounded = array.astype(dtype)
+    rounded = array.astype(dtype)
     if not np.isfinite(rounded).all():
+        largest = np.abs(array).max()
         raise ValueError(
-            f"dtype must hold all weights; {name} has numbers up to {np.abs(array).max():g}, too "
-            f"large for {dtype}. Pass dtype='float64'."
+            f"dtype must hold all weights; {name} has numbers up to {largest:g}, too large for "
+            f"{dtype}. "
+            + ("Pass dtype='float64'." if largest < np.inf else "Both halves of bias add up to it.")
         )
     return rounded
 

@@ -55,14 +55,19 @@ def model_to_onnx(
       axes: for inputs by name, one letter for each axis: B and T stand for batch and time, which
         stay open, and any other letter for a size fixed as in the example. By default x has the
         letters of the model's `data_format`, or (batch, time, channels), (time, channels), or for
-        integers (batch, time); other inputs are read as states or lengths that fit x.
+        integers (batch, time); of a tree the leaf with the most axes has them. Other inputs are
+        read as states or lengths that fit it. Batches or times that differ in the example are
+        open each by itself, as "time" and "time2"; but where x has more than 1, an input that is
+        not named here keeps a 1, to be broadcast.
       name: the graph's.
 
     Returns:
       A model of opset 17, checked by `onnx.checker`. Its inputs bear the names of the arguments,
-      but "x" is the first and "h0" is `hidden`; the outputs are "y" and "hidden", or the keys of a
-      dict. Where one of them is a tree, its leaves have their paths behind the name, such as
-      "h0_0" and "h0_1". For a stream feed each "hidden" to its "h0".
+      but "x" is the first and "h0" is `hidden`, where no other argument is called so; the outputs
+      are "y" and "hidden", or the keys of a dict, with "_out" behind the name of an input. Where
+      one of them is a tree, its leaves have their paths behind the name, such as "h0_0" and
+      "h0_1". Dots become "_", and of equal names the later, or the one with a longer path, has a
+      number behind it, such as "a_b_2". For a stream feed each "hidden" to its "h0".
 
     Raises:
       ValueError: a part of the model has no equal in ONNX: a loop or branch (`nn.RNN`, `nn.scan`),

@@ -122,6 +122,10 @@ def trace(model: Any, params: Any, example: Any, axes: Mapping[str, str]) -> Tra
             "a GRU layer is called under jax.vmap, jax.grad or the like, where it is not one node: "
             f"give it further batch axes, or export what is differentiated alone. {error}"
         ) from error
+    except (TypeError, ValueError) as error:
+        shapes = ", ".join(f"{name} {port.shape}" for name, port in inputs.items())
+        error.add_note(f"The inputs were read as {shapes}: pass `axes` where that is wrong.")
+        raise
     return Trace(jaxpr, inputs, _ports.outputs(result, inputs))
 
 

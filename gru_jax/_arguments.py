@@ -48,7 +48,7 @@ def sizes_of(params: GRUParams) -> Sizes:
 def _check_array(name: str, value: Any, ndim: int) -> None:
     if not hasattr(value, "shape") or not hasattr(value, "dtype"):
         raise TypeError(f"{name} must be an array, got {type(value).__name__}.")
-    _refuse_masked(name, value)
+    _checks.unmasked(name, value)
     _checks.real_dtype(name, value.dtype)
     if len(value.shape) != ndim:
         raise ValueError(
@@ -85,7 +85,7 @@ def _layout_hint(shape: tuple, input_size: int) -> str:
 
 def as_floating(name: str, value: Any) -> jax.Array:
     """Returns `value` as a JAX array of a floating-point type."""
-    _refuse_masked(name, value)
+    _checks.unmasked(name, value)
     if hasattr(value, "dtype"):
         _checks.real_dtype(name, value.dtype)
     try:
@@ -96,14 +96,6 @@ def as_floating(name: str, value: Any) -> jax.Array:
         ) from None
     _checks.real_dtype(name, array.dtype)
     return array
-
-
-def _refuse_masked(name: str, value: Any) -> None:
-    if isinstance(value, np.ma.MaskedArray):
-        raise TypeError(
-            f"{name} must be a plain array, got a masked one: fill it, and pass steps to skip as "
-            "mask=."
-        )
 
 
 def check_state(name: str, h: Any, batch: tuple, num_hidden_units: int) -> jax.Array:
@@ -139,7 +131,7 @@ def check_lengths(lengths: Any, mask: Any, shape: tuple) -> jax.Array | None:
         return None
     if mask is not None:
         raise ValueError("lengths and mask exclude each other; got both. Fold one into the other.")
-    _refuse_masked("lengths", lengths)
+    _checks.unmasked("lengths", lengths)
     if not isinstance(lengths, jax.Array):
         try:
             lengths = np.asarray(lengths)

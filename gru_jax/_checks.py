@@ -176,6 +176,15 @@ def real_dtype(option: str, dtype: Any) -> jnp.dtype:
     return dtype
 
 
+def unmasked(name: str, value: Any) -> None:
+    """Refuses a masked array, whose mask nobody would look at."""
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(
+            f"{name} must be a plain array, got a masked one: fill it, and pass steps to skip as "
+            "mask=."
+        )
+
+
 def initial_state(value: Any, num_hidden_units: int) -> tuple[float, ...] | None:
     """Returns `hidden_state` as a tuple of H floats, or None where it is empty."""
     if value is None:

@@ -252,3 +252,14 @@ def test_streaming(tmp_path):
     assert {record["size"][3] for record in records["streaming"]} == {32}
     variants = {record["variant"] for record in records["streaming"]}
     assert variants == {"async dispatch on", "async dispatch off"}
+
+
+def test_the_readme_shows_the_stored_table(monkeypatch):
+    report, records = module("report", monkeypatch), module("records", monkeypatch)
+    stored = ROOT / "examples" / "benchmarks" / "results" / "cpu-amd-epyc.json"
+    found = [records.Record(**record) for record in json.loads(stored.read_text())["records"]]
+    for record in found:
+        record.size = tuple(record.size)
+    lines = [line for line in report.markdown(found).splitlines() if line.startswith("|")]
+    assert len(lines) == 2 + 7
+    assert "\n".join(lines) in (ROOT / "README.md").read_text(encoding="utf-8")

@@ -29,13 +29,13 @@ def params_of(mode=AFTER, seed=0, dtype="float64", sizes=(), width=I):
     return as_params(random_params(rng, H, width, mode, *sizes, dtype=dtype), mode)
 
 
-def trace(params, x, lengths=None, mask=None):
+def trace(params, x, lengths=None, mask=None, h0=None, reverse=False):
     """(x_t, h_t, h_{t-1}, r_t) of all steps that count, one below the other, by plain loops."""
     leaves, rows = as_dict(params), []
-    x, h0 = arrays(leaves, x, None)
+    x, h0 = arrays(leaves, x, h0)
     for b in np.ndindex(*x.shape[:-2]):
         h = h0[b]
-        for t, _ in plan(b, x.shape[-2], lengths, mask, None, False):
+        for t, _ in plan(b, x.shape[-2], lengths, mask, None, reverse):
             new, saved = step(leaves, h, x[b][t], params.reset_gate_mode)
             rows.append((x[b][t], new, h, saved.r))
             h = new
@@ -105,6 +105,21 @@ def test_analysis_is_one_svd(kind, mode):
         np.testing.assert_allclose(moments.explained_variance, curve, rtol=0, atol=1e-10)
     gated = np.mean(rows[3][:, :, None] * rows[2][:, None, :], axis=0)
     np.testing.assert_allclose(pca.gated, gated, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_analysis_backward_in_time_and_from_a_state(mode):
+    params, h0 = params_of(mode), np.linspace(-1, 1, H)
+    pca = projection.neuron_pca(params, [(X, LENGTHS)], h0=h0, reverse=True)
+    *columns, r = trace(params, X, LENGTHS, h0=np.tile(h0, (B, 1)), reverse=True)
+    for moments, values in zip((pca.inputs, pca.states, pca.before), columns, strict=True):
+        np.testing.assert_allclose(moments.mean, values.mean(0), rtol=0, atol=1e-12)
+        covariance = np.cov(values.T, bias=True)
+        np.testing.assert_allclose(moments.covariance, covariance, rtol=0, atol=1e-12)
+    gated = np.mean(r[:, :, None] * columns[2][:, None, :], axis=0)
+    np.testing.assert_allclose(pca.gated, gated, rtol=0, atol=1e-12)
+    with pytest.raises(TypeError, match="reverse must be True or False"):
+        projection.neuron_pca(params, [X], reverse="yes")
 
 
 @pytest.mark.parametrize(
@@ -642,6 +657,22 @@ def test_dense_that_would_grow_stays():
 def test_dense_errors(kernel, bias, how, error, words):
     with pytest.raises(error, match=words):
         projection.project_dense(np.ones(kernel), np.ones(bias), moments_of(7)[0], **how)
+
+
+def test_dense_refuses_what_is_no_dense_layer_and_no_moments():
+    moments, K, b = moments_of(7)[0], np.ones((7, 2)), np.zeros(2)
+    for kernel, bias, words in (
+        (K.astype(int), b, "kernel must be of a floating-point type"),
+        (K, b.astype(int), "bias must be of a floating-point type"),
+        (K, None, "bias must be an array"),
+    ):
+        with pytest.raises(TypeError, match=words):
+            projection.project_dense(kernel, bias, moments, projector_size=7)
+    with pytest.raises(TypeError, match=r"moments must come from.*states.*got NeuronPCA"):
+        projection.project_dense(K, b, analysis()[1])
+    Q, small, shifted = projection.project_dense(K.tolist(), b, moments, projector_size=7)
+    np.testing.assert_allclose(Q @ small, K, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(shifted, b, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -647,10 +647,25 @@ def test_errors_of_the_analysis(change, error, words):
 OTHER = layer(H)
 
 
+def test_paths_may_be_written_as_they_are_shown():
+    model = Chain(layer())
+    pca = projection.neuron_pca_of(model, None, [X])
+    shown = {"/".join(path): part for path, part in pca.items()}
+    goal = {"learnables_reduction_goal": 0.3}
+    one, two = (projection.project_model(model, None, p, **goal)[0] for p in (pca, shown))
+    np.testing.assert_array_equal(one(X), two(X))
+
+
 def test_errors_of_the_projection():
     model = Chain(layer())
     pca = projection.neuron_pca_of(model, None, [X])
     (one,) = pca.values()
+    with pytest.raises(TypeError, match=r"pca must come from neuron_pca_of.*got Moments"):
+        projection.project_model(model, None, {"layers/0": one.states})
+    alone = gru_jax.linen.GRULayer(H)
+    variables = alone.init(jax.random.key(0), X)
+    with pytest.raises(ValueError, match=r"params must be variables\['params'\]"):
+        projection.project_model(alone, variables, {(): one})
     for wrong, words in [
         ({}, "at least one layer, got none"),
         ({("layers", "7"): one}, r"no GRU layer at \['layers/7'\]"),

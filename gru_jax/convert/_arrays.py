@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from gru_jax import _arguments
+from gru_jax import _arguments, _checks
 from gru_jax._params import OPTION_CHECKS, RECURRENT_BIAS, GRUParams
 
 BFLOAT16: type = np.dtype(jnp.bfloat16).type
@@ -27,6 +27,7 @@ def array(name: str, value: Any, *, ndim: int | None = None) -> np.ndarray:
       TypeError: it is no array, or its numbers are no real floating-point numbers.
       ValueError: it has another number of axes.
     """
+    _checks.unmasked(name, value)
     found = _as_numpy(name, value)
     if found.dtype.type not in FLOATS:
         listed = "float64, float32, float16 or bfloat16"

@@ -2,7 +2,6 @@
 
 import functools
 import importlib
-import math
 import operator
 import sys
 from collections.abc import Callable, Collection
@@ -143,7 +142,9 @@ def number(
     expected = f"{option} must be a {'positive' if positive else 'nonnegative'} number{bound}"
     try:
         array = _real(value)
-        result = math.nan if array.ndim else float(array)
+        if array.ndim:
+            raise TypeError
+        result = float(array)
     except (TypeError, ValueError):
         raise TypeError(f"{expected}, got {value!r}.") from None
     if not 0 <= result <= most or (positive and result == 0):

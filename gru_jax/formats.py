@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from gru_jax import _checks
 
+__all__ = ["channel_axis", "check", "from_core", "output_format", "to_core"]
 LETTERS = "SCBTU"
 
 

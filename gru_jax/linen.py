@@ -29,6 +29,7 @@ from gru_jax._options import CellOptions, LayerOptions
 from gru_jax._pair import call_directions
 from gru_jax._params import LEAVES, GRUParams, Leaf, Sizes
 
+__all__ = ["BidirectionalGRULayer", "GRUCell", "GRULayer", "GRUProjectedLayer", "reset_state"]
 STATE, HIDDEN = "state", "hidden_state"  # collection and variable of a stateful layer
 
 

@@ -5,7 +5,6 @@ Learnables are `nnx.Param`s named as the fields of `GRUParams`; an absent projec
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -17,6 +16,8 @@ from gru_jax._initializers import Given
 from gru_jax._options import CellOptions, LayerOptions
 from gru_jax._pair import call_directions
 from gru_jax._params import LEAF_NAMES, GRUParams
+
+__all__ = ["BidirectionalGRULayer", "GRUCell", "GRULayer", "GRUProjectedLayer", "HiddenState"]
 
 
 class HiddenState(nnx.Variable):
@@ -247,9 +248,7 @@ class GRUCell(_Owner, nnx.RNNCellBase):
         inputs = _layer.cell_input(self, inputs)
         return _layer.call_cell(self, self.known_leaves(), carry, inputs)
 
-    def initialize_carry(
-        self, input_shape: tuple[int, ...], rngs: Any = None, carry_init: Callable | None = None
-    ) -> jax.Array:
+    def initialize_carry(self, input_shape: tuple, rngs: Any = None, carry_init: Any = None) -> Any:
         """Returns zeros, or a draw of `carry_init`, (*batch, H) for inputs of shape (*batch, I)."""
         zeros = _layer.stored_state(self, tuple(input_shape[:-1]))
         if carry_init is None:

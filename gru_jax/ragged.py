@@ -10,6 +10,7 @@ import numpy as np
 
 from gru_jax import _arguments, _checks
 
+__all__ = ["buckets", "chunks", "pad"]
 SIDES = ("right", "left")
 
 

@@ -11,10 +11,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_batching import custom_vmap
 
 from gru_jax import _activations
 from gru_jax._params import RESET_MODES, GRUParams
 
+ONE_CORE = 100_000  # numbers in a matrix that one core multiplies by a vector as fast as two
 Three = tuple[jax.Array, jax.Array, jax.Array]  # for reset, update, candidate
 
 
@@ -122,14 +124,20 @@ def in_step(eq: Equations, learn: Learnables) -> Products:
     return Products(lambda h: (*by_all(h)[:2], None), lambda v: by_all(v)[2])
 
 
-def in_loop(eq: Equations, learn: Learnables, copied: bool = False) -> Products:
-    """One product for all gates that read h, cut out of R once: for a loop over time."""
+def in_loop(
+    eq: Equations, learn: Learnables, copied: bool = False, halved: bool = False
+) -> Products:
+    """One product for all gates that read h, cut out of R once: for a loop over time.
+
+    `halved`, for loops that nobody differentiates: see `times_in_halves`.
+    """
     H = learn.R.shape[0] // 3
     Rs = (learn.R,) if eq.reset_after else (learn.R[: 2 * H], learn.R[2 * H :])
     Rs, axis = _laid_out(Rs, copied)
 
     def by(R: jax.Array, v: jax.Array) -> jax.Array:
-        return times(R, project(eq, learn.Q, v), eq.precision, axis)
+        product = times_in_halves if halved else times
+        return product(R, project(eq, learn.Q, v), eq.precision, axis)
 
     if eq.reset_after:
         return Products(lambda h: cut(by(Rs[0], h), 3), None)
@@ -153,6 +161,31 @@ def times(matrix: jax.Array, v: jax.Array, precision: Any, axis: int = 1) -> jax
     return lax.dot_general(v, matrix, (((v.ndim - 1,), (axis,)), ((), ())), precision=precision)
 
 
+def times_in_halves(matrix: jax.Array, v: jax.Array, precision: Any, axis: int = 1) -> jax.Array:
+    """`times` for a single vector; XLA gives each half of a large matrix a core of its own.
+
+    Vectors that `jax.vmap` adds make it a product of matrices, which needs no such help.
+    """
+    whole = partial(times, precision=precision, axis=axis)
+    if v.ndim > 1 or matrix.size < ONE_CORE or matrix.shape[0] % 2:
+        return whole(matrix, v)
+
+    @custom_vmap
+    def product(matrix: jax.Array, v: jax.Array) -> jax.Array:
+        halves = matrix.reshape(2, -1, matrix.shape[1])
+        both = jnp.broadcast_to(v, (2, v.size)) if axis else v.reshape(2, -1)
+        parts = lax.dot_general(
+            both, halves, (((1,), (1 + axis,)), ((0,), (0,))), precision=precision
+        )
+        return parts.reshape(-1) if axis else parts.sum(0)
+
+    @product.def_vmap
+    def _(size: int, mapped: list, *operands: jax.Array) -> tuple[jax.Array, bool]:
+        return jax.vmap(whole, [0 if one else None for one in mapped])(*operands), True
+
+    return product(matrix, v)
+
+
 def project(eq: Equations, Q: jax.Array | None, v: jax.Array) -> jax.Array:
     """Qᵀ v, or v where there is no output projector."""
     return v if Q is None else times(Q, v, eq.precision, axis=0)
@@ -164,7 +197,10 @@ def dense(eq: Equations, learn: Learnables) -> jax.Array:
 
 
 def sum_of_transposed(eq: Equations, R: jax.Array, parts: tuple) -> jax.Array:
-    """Σ_g R_gᵀ v_g as one product; R is (gates, H, P)."""
+    """Σ_g R_gᵀ v_g as one product, for loops that nobody differentiates; R is (gates, H, P)."""
+    if parts[0].ndim == 1:
+        v = jnp.concatenate(parts)
+        return times_in_halves(R.reshape(v.size, -1), v, eq.precision, axis=0)
     v = jnp.stack(parts, axis=-2)
     contract = ((v.ndim - 2, v.ndim - 1), (0, 1))
     return lax.dot_general(v, R, (contract, ((), ())), precision=eq.precision)

@@ -72,7 +72,7 @@ def _run_on(loop: Loop, given: Given, flags: Flags) -> tuple[Results, Coefficien
     eq, (learn, x, enter, back), T = loop.equations, given, given.x.shape[TIME]
     thirds = _products.thirds(learn)
     many = math.prod(enter.shape[:-1]) != 1  # one row at a time reads the matrices as they are
-    by = _products.in_loop(eq, learn, copied=many)
+    by = _products.in_loop(eq, learn, copied=many, halved=not many)
     # Adding biases to all parts first would pass through memory once more. One row is in the cache.
     input_parts = _products.input_parts(eq, thirds, copied=many, biased=not many)
     blocks, unroll = pieces(loop, T, enter, BLOCK_BYTES)

@@ -162,7 +162,7 @@ def times(matrix: jax.Array, v: jax.Array, precision: Any, axis: int = 1) -> jax
 
 
 def times_in_halves(matrix: jax.Array, v: jax.Array, precision: Any, axis: int = 1) -> jax.Array:
-    """`times` for a single vector; XLA gives each half of a large matrix a core of its own.
+    """`times` for a single vector; on CPUs, XLA gives each half of a large matrix a core.
 
     Vectors that `jax.vmap` adds make it a product of matrices, which needs no such help.
     """
@@ -183,7 +183,7 @@ def times_in_halves(matrix: jax.Array, v: jax.Array, precision: Any, axis: int =
     def _(size: int, mapped: list, *operands: jax.Array) -> tuple[jax.Array, bool]:
         return jax.vmap(whole, [0 if one else None for one in mapped])(*operands), True
 
-    return product(matrix, v)
+    return lax.platform_dependent(matrix, v, cpu=product, default=whole)
 
 
 def project(eq: Equations, Q: jax.Array | None, v: jax.Array) -> jax.Array:

@@ -254,12 +254,16 @@ def test_streaming(tmp_path):
     assert variants == {"async dispatch on", "async dispatch off"}
 
 
-def test_the_readme_shows_the_stored_table(monkeypatch):
+@pytest.mark.parametrize(("file", "rows", "label"), [("cpu", 7, ""), ("single-cpu", 1, "later: ")])
+def test_the_readme_shows_the_stored_tables(file, rows, label, monkeypatch):
     report, records = module("report", monkeypatch), module("records", monkeypatch)
-    stored = ROOT / "examples" / "benchmarks" / "results" / "cpu-amd-epyc.json"
+    stored = ROOT / "examples" / "benchmarks" / "results" / f"{file}-amd-epyc.json"
     found = [records.Record(**record) for record in json.loads(stored.read_text())["records"]]
     for record in found:
         record.size = tuple(record.size)
     lines = [line for line in report.markdown(found).splitlines() if line.startswith("|")]
-    assert len(lines) == 2 + 7
-    assert "\n".join(lines) in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(lines) == 2 + rows
+    shown = "\n".join(line.replace("| ", f"| {label}", 1) for line in lines[2:])
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert shown in readme
+    assert "\n".join(lines[:2]) in readme

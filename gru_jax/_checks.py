@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-FLOATS = tuple(map(jnp.dtype, ("bfloat16", "float16", "float32", "float64")))
+FLOATS = tuple(map(jnp.dtype, ("float64", "float32", "float16", "bfloat16")))
 
 
 def choice(option: str, value: Any, names: Collection[str], *, or_callable: bool = False) -> Any:

@@ -10,7 +10,7 @@ from gru_jax import _arguments, _checks
 from gru_jax._params import OPTION_CHECKS, RECURRENT_BIAS, GRUParams
 
 BFLOAT16: type = np.dtype(jnp.bfloat16).type
-FLOATS = (np.float64, np.float32, np.float16, BFLOAT16)
+FLOATS: tuple[type, ...] = tuple(dtype.type for dtype in _checks.FLOATS)
 
 
 def array(name: str, value: Any, *, ndim: int | None = None) -> np.ndarray:
